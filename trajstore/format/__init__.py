@@ -1,0 +1,1 @@
+"""What the bytes mean. Nothing here knows a filesystem; ``schemas/FORMAT.md`` is the same on one screen."""

@@ -1,0 +1,60 @@
+"""Every key of a store is built here, and nowhere else. Keys are relative to the store, separated by ``/``."""
+
+from __future__ import annotations
+
+import re
+
+FORMAT_VERSION = 1
+
+STORE_DOCUMENT = "trajstore.json"
+LATEST_HINT = "snapshots/LATEST"
+SNAPSHOTS = "snapshots"
+MANIFESTS = "manifests"
+SEGMENTS = "segments"
+
+STEPS_FILE = "steps.arrow"
+STATES_FILE = "states.arrow"
+PAGES_FILE = "pages.arrow"
+ZARR_METADATA = "zarr.json"
+
+_SNAPSHOT = re.compile(r"^snapshots/(\d{20})\.json$")
+
+
+def snapshot_key(version: int) -> str:
+    """Key of a version's snapshot; 20 digits, so that names sort as numbers do.
+
+    Examples:
+        >>> snapshot_key(7)
+        'snapshots/00000000000000000007.json'
+    """
+    return f"{SNAPSHOTS}/{version:020d}.json"
+
+
+def snapshot_version(key: str) -> int | None:
+    """The version of a snapshot's key, or None for any other key."""
+    match = _SNAPSHOT.match(key)
+    return int(match.group(1)) if match else None
+
+
+def manifest_key(uuid: str) -> str:
+    """Key of a manifest."""
+    return f"{MANIFESTS}/{uuid}.parquet"
+
+
+def segment_key(segment: str, name: str) -> str:
+    """Key of an object inside a segment."""
+    return f"{SEGMENTS}/{segment}/{name}"
+
+
+def shard_name(path: str, rank: int) -> str:
+    """Name inside a segment of the one shard that holds a tensor column.
+
+    Args:
+        path: The column.
+        rank: Dimensions of the Zarr array, the row dimension included.
+
+    Examples:
+        >>> shard_name("obs/image", 4)
+        'obs/image/c.0.0.0.0'
+    """
+    return f"{path}/c" + ".0" * rank

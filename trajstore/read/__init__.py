@@ -1,0 +1,1 @@
+"""From stored pages back to rows, and which trajectories there are."""

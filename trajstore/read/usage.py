@@ -1,0 +1,66 @@
+"""Where the bytes of a store are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trajstore.read.segment import SegmentReaders
+from trajstore.read.table import TrajectoryTable
+
+
+@dataclass
+class ObjectUsage:
+    """One tensor column, or all columns of an Arrow file, over all segments."""
+
+    columns: tuple[str, ...]
+    description: str  # dtype and shape of the first column, or how many columns
+    codec: str
+    rows: int = 0
+    logical_bytes: int | None = 0  # in memory; None where rows have no fixed size
+    stored_bytes: int = 0
+    pages: int = 0
+
+
+@dataclass
+class StoreUsage:
+    """What a version holds and what it costs."""
+
+    version: int
+    trajectories: int
+    steps: int
+    segments: int
+    manifests: int
+    manifest_bytes: int
+    segment_bytes: int  # stored, with all metadata
+    objects: dict[str, ObjectUsage] = field(default_factory=dict)
+
+
+def measure_usage(table: TrajectoryTable, readers: SegmentReaders) -> StoreUsage:
+    """Add up the page indexes of all segments: one small read per segment."""
+    snapshot = table.version.snapshot
+    usage = StoreUsage(
+        version=table.version.number,
+        trajectories=len(table),
+        steps=int(table.length.sum()),
+        segments=len(table.segments),
+        manifests=len(snapshot.manifests),
+        manifest_bytes=sum(entry.nbytes for entry in snapshot.manifests),
+        segment_bytes=sum(segment.nbytes for segment in table.segments),
+    )
+    for segment in table.segments:
+        reader = readers.open(segment, snapshot.schema)
+        for source in {id(s): s for s in reader.sources.values()}.values():
+            columns = [snapshot.schema[path] for path in source.columns]
+            name = source.columns[0] if columns[0].stored_in == "zarr" else source.object
+            described = (
+                columns[0].describe() if columns[0].stored_in == "zarr" else ", ".join(c.path for c in columns)
+            )
+            entry = usage.objects.setdefault(name, ObjectUsage(source.columns, described, source.codec))
+            entry.rows += source.rows
+            entry.pages += len(source.offsets)
+            entry.stored_bytes += source.stored_bytes
+            if any(c.is_variable for c in columns):
+                entry.logical_bytes = None
+            elif entry.logical_bytes is not None:
+                entry.logical_bytes += source.rows * sum(c.row_bytes for c in columns)
+    return usage

@@ -1,0 +1,1 @@
+"""Where the bytes are, and how a version becomes visible. The only part that imports fsspec."""

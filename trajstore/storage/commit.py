@@ -1,0 +1,278 @@
+"""The history of a store: find the latest version, read one, add one.
+
+Invariant: creating ``snapshots/<v+1>.json`` is the commit, and nothing else makes data visible. Who loses the race for a
+version reads the winner, rebases its change onto it and tries the next one; segments and manifests are reused.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import random
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from trajstore.errors import CommitError, MissingObjectError, StorageError, TrajstoreError, VersionNotFoundError
+from trajstore.format import layout
+from trajstore.format.manifest import (
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+    manifest_entry,
+    merge_manifests,
+)
+from trajstore.format.snapshot import EMPTY, NO_PARENT, ManifestEntry, Snapshot, Totals, digest, next_timestamp
+from trajstore.schema import Schema
+from trajstore.storage.filesystem import Filesystem
+from trajstore.storage.retry import race_pause_s
+from trajstore.storage.tiers import merge_from
+
+_log = logging.getLogger(__name__)
+
+_HINT_INTERVAL_S = 1.0
+_CACHED_MANIFESTS = 64
+_CACHED_MANIFEST_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Version:
+    """A snapshot as it was read or written, with the hash of its bytes."""
+
+    snapshot: Snapshot
+    sha256: str
+
+    @property
+    def number(self) -> int:
+        """The version."""
+        return self.snapshot.version
+
+
+EMPTY_VERSION = Version(EMPTY, NO_PARENT)
+
+
+@dataclass(frozen=True)
+class Append:
+    """A change that adds trajectories: it can be rebased onto any history whose schema admits its own."""
+
+    schema: Schema
+    entry: ManifestEntry | None  # of the fresh manifest, already stored; None for a change of schema only
+    nbytes: int  # stored bytes of its segments
+    operation: str = "append"
+
+    def apply(self, parent: Snapshot, merged: MergedManifests | None) -> Snapshot:
+        """The next snapshot, but for its identity.
+
+        Raises:
+            SchemaConflictError: Another writer gave the store a schema that this change does not fit.
+        """
+        manifests = parent.manifests
+        if merged is not None and merged.fits(manifests):
+            after = merged.first + len(merged.replaces)
+            manifests = (*manifests[: merged.first], merged.entry, *manifests[after:])
+        fresh = () if self.entry is None else (replace(self.entry, first_id=parent.next_id),)
+        added = fresh[0].trajectories if fresh else 0
+        steps = fresh[0].steps if fresh else 0
+        return replace(
+            parent,
+            operation=self.operation,
+            schema=parent.schema.merged_with(self.schema),
+            next_id=parent.next_id + added,
+            totals=Totals(
+                parent.totals.trajectories + added, parent.totals.steps + steps, parent.totals.nbytes + self.nbytes
+            ),
+            manifests=(*manifests, *fresh),
+        )
+
+
+@dataclass(frozen=True)
+class MergedManifests:
+    """One manifest, already stored, that can take the place of several neighbours in a snapshot."""
+
+    first: int
+    replaces: tuple[ManifestEntry, ...]
+    entry: ManifestEntry
+
+    def fits(self, manifests: Sequence[ManifestEntry]) -> bool:
+        """Whether the ones that were merged still stand where they stood."""
+        return tuple(manifests[self.first : self.first + len(self.replaces)]) == self.replaces
+
+
+class History:
+    """The versions of one store.
+
+    Args:
+        filesystem: Where the store is.
+        now: The clock, UTC.
+        rng: Randomness for pauses after lost races.
+        commit_timeout_s: How long a commit may lose races before it gives up.
+        race_pause_base_s: First pause after a lost race, at most.
+    """
+
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        *,
+        now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
+        rng: random.Random | None = None,
+        commit_timeout_s: float = 300.0,
+        race_pause_base_s: float = 0.002,
+    ) -> None:
+        self._filesystem = filesystem
+        self._now = now
+        self._rng = rng or random.Random()  # noqa: S311 - spreads writers in time, keeps no secret
+        self._commit_timeout_s = commit_timeout_s
+        self._race_pause_base_s = race_pause_base_s
+        self._manifests: OrderedDict[str, Manifest] = OrderedDict()
+        self._hinted_at = float("-inf")
+        self.races_lost = 0
+
+    def parse_hint(self, data: bytes | None) -> int:
+        """The version that ``LATEST`` names, or 0: the hint is never trusted."""
+        text = (data or b"").strip()
+        return int(text) if text.isdigit() and len(text) <= 20 else 0
+
+    def latest(self, start: int) -> Version:
+        """The latest version.
+
+        Args:
+            start: A version that may exist: the hint, or the last one seen.
+        """
+        known = self._read_versions([start, start + 1]) if start else {0: b"", **self._read_versions([1])}
+        if start not in known:  # a hint that lies
+            return self.latest(0)
+        lo, step = start, 1
+        while lo + step in known:  # gallop; versions are numbered without gaps
+            lo += step
+            step *= 2
+            known.update(self._read_versions([lo + step]))
+        hi = lo + step
+        while hi - lo > 1:  # lo exists, hi does not
+            middle = (lo + hi) // 2
+            known.update(self._read_versions([middle]))
+            lo, hi = (middle, hi) if middle in known else (lo, middle)
+        return self._parse(lo, known[lo])
+
+    def load(self, version: int) -> Version:
+        """One version.
+
+        Raises:
+            VersionNotFoundError: There is none of this number.
+            VersionExpiredError: Vacuum emptied it.
+        """
+        data = self._filesystem.read(layout.snapshot_key(version)) if version else b""
+        if data is None:
+            raise VersionNotFoundError(
+                f"{self._filesystem.description} has no version {version}; the latest is {self.latest(0).number}"
+            )
+        return self._parse(version, data)
+
+    def commit(self, change: Append, head: Version) -> Version:
+        """Make a change visible on top of the latest version.
+
+        Args:
+            change: Its objects are durable.
+            head: The latest version known; a newer one is found if need be.
+
+        Raises:
+            SchemaConflictError: The change no longer fits.
+            CommitError: No try won within the time allowed.
+            CommitOutcomeUnknownError: The storage never said whether it landed.
+        """
+        commit_id = uuid.uuid4().hex
+        merged = self._merge_manifests(head.snapshot)
+        deadline = time.monotonic() + self._commit_timeout_s
+        lost = 0
+        while True:
+            snapshot = replace(
+                change.apply(head.snapshot, merged),
+                version=head.number + 1,
+                commit_id=commit_id,
+                parent_sha256=head.sha256,
+                created_at=next_timestamp(self._now(), head.snapshot.created_at),
+            )
+            data = snapshot.to_bytes()
+            if self._filesystem.create(layout.snapshot_key(snapshot.version), data):
+                if merged is None:  # the hint may lag: a merging commit has written enough
+                    self._hint(snapshot.version)
+                return Version(snapshot, digest(data))
+            lost += 1
+            self.races_lost += 1
+            if time.monotonic() > deadline:
+                raise CommitError(
+                    f"lost {lost} races for a version of {self._filesystem.description} in {self._commit_timeout_s:.0f} s; "
+                    "append fewer times per second (raise commit_interval_s), then append these trajectories again"
+                )
+            time.sleep(race_pause_s(lost, base_s=self._race_pause_base_s, rng=self._rng))
+            head = self.latest(head.number)
+
+    def remember(self, entry: ManifestEntry, manifest: Manifest) -> None:
+        """Keep a small manifest at hand for the merge that it will soon be part of."""
+        if entry.rows <= _CACHED_MANIFEST_ROWS:
+            self._manifests[entry.path] = manifest
+            while len(self._manifests) > _CACHED_MANIFESTS:
+                self._manifests.popitem(last=False)
+
+    def read_manifests(
+        self, entries: Sequence[ManifestEntry], columns: Sequence[str] | None = None
+    ) -> list[Manifest]:
+        """Manifests, read concurrently.
+
+        Raises:
+            MissingObjectError: One is not there.
+            CorruptionError: One is not what the snapshot names.
+        """
+        wanted = [e for e in entries if e.path not in self._manifests]
+        read: dict[str, Manifest] = {}
+        for entry, data in zip(wanted, self._filesystem.read_many([e.path for e in wanted]), strict=True):
+            if data is None:
+                raise MissingObjectError(
+                    f"{entry.path} of {self._filesystem.description} is not there; restore it from a copy"
+                )
+            read[entry.path] = decode_manifest(entry, data, columns)
+        return [read[e.path] if e.path in read else self._manifests[e.path] for e in entries]
+
+    def _merge_manifests(self, parent: Snapshot) -> MergedManifests | None:
+        first = merge_from([entry.rows for entry in parent.manifests])
+        if first is None:
+            return None
+        replaced = parent.manifests[first:]
+        manifest = merge_manifests(
+            list(zip(replaced, self.read_manifests(replaced), strict=True)), parent.schema.metadata
+        )
+        data = encode_manifest(manifest)
+        path = layout.manifest_key(uuid.uuid4().hex)
+        self._filesystem.store({path: [data]})
+        entry = manifest_entry(path, data, manifest, first_id=0)
+        self.remember(entry, manifest)
+        return MergedManifests(first, replaced, entry)
+
+    def _hint(self, version: int) -> None:
+        """Some storages allow one write per second and name, and the hint may lag: readers look further on."""
+        if time.monotonic() - self._hinted_at < _HINT_INTERVAL_S:
+            return
+        self._hinted_at = time.monotonic()
+        try:
+            self._filesystem.overwrite(layout.LATEST_HINT, str(version).encode())
+        except StorageError as error:
+            _log.warning("the hint %s was not written: %s", layout.LATEST_HINT, error)
+
+    def write_hint(self, version: int) -> None:
+        """Write the hint now: what ``close`` does, so that the next opening is one step."""
+        self._hinted_at = float("-inf")
+        self._hint(version)
+
+    def _read_versions(self, versions: Sequence[int]) -> dict[int, bytes]:
+        found = self._filesystem.read_many([layout.snapshot_key(v) for v in versions])
+        return {v: data for v, data in zip(versions, found, strict=True) if data is not None}
+
+    def _parse(self, version: int, data: bytes) -> Version:
+        if version == 0:
+            return EMPTY_VERSION
+        try:
+            return Version(Snapshot.from_bytes(data, version=version), digest(data))
+        except TrajstoreError as error:
+            error.args = (f"{self._filesystem.description}: {error}",)
+            raise

@@ -1,0 +1,202 @@
+"""A store on anything that fsspec reaches: memory, S3, Google Cloud Storage, Azure, HTTP (to read).
+
+Invariant: objects other than versions have names that nobody else will ever use, so writing one twice is harmless and every
+transient failure is retried; versions go through ``publish.create``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from trajstore.errors import (
+    CorruptionError,
+    ForkedError,
+    MissingObjectError,
+    StorageError,
+    StoragePermissionError,
+    StorageTimeoutError,
+    TrajstoreError,
+)
+from trajstore.storage import publish
+from trajstore.storage.filesystem import Buffer, Filesystem, ObjectInfo, ObjectStream, ReadRun
+from trajstore.storage.retry import error_codes, retrying
+from trajstore.storage.workers import FORKED
+
+_PART_BYTES = 16 * 1024 * 1024
+
+
+class RemoteFilesystem(Filesystem):
+    """A folder of an fsspec filesystem.
+
+    Args:
+        fs: The filesystem.
+        root: Path of the store on it.
+        url: As the user gave it.
+        single_writer: See ``publish.create``.
+    """
+
+    stream_threshold_bytes = 8 * 1024 * 1024
+    max_gap_bytes = 256 * 1024
+
+    def __init__(self, fs: AbstractFileSystem, root: str, *, url: str, single_writer: bool = False) -> None:
+        self.fs = fs
+        self.root = root.rstrip("/")
+        self.url = url
+        self.description = url
+        self._single_writer = single_writer
+        self._pid = os.getpid()
+
+    def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Whole objects, concurrently; None for one that is not there."""
+        found = self._cat([(key, None, None) for key in keys])
+        out: list[bytes | None] = []
+        for key, data in zip(keys, found, strict=True):
+            if isinstance(data, FileNotFoundError):
+                out.append(None)
+            elif isinstance(data, BaseException):
+                with self.errors(key):
+                    raise data
+            else:
+                out.append(data)
+        return out
+
+    def read_runs(self, runs: Sequence[ReadRun]) -> list[Buffer]:
+        """The bytes of each run, concurrently."""
+        out: list[Buffer] = []
+        for run, data in zip(runs, self._cat([(r.key, r.start, r.stop) for r in runs]), strict=True):
+            with self.errors(run.key):
+                if isinstance(data, BaseException):
+                    raise data
+            if len(data) != run.stop - run.start:
+                raise CorruptionError(
+                    f"{run.key} in {self.url} gave {len(data)} bytes of [{run.start}, {run.stop}); restore it from a copy"
+                )
+            out.append(data)
+        return out
+
+    def stream(self, key: str) -> ObjectStream:
+        """Begin a large object: a multipart upload where the storage has such."""
+        with self.errors(key):
+            return _RemoteStream(self, key, self.fs.open(self._path(key), "wb", block_size=_PART_BYTES))
+
+    def store(self, objects: Mapping[str, Sequence[Buffer]], streams: Sequence[ObjectStream] = ()) -> None:
+        """Write whole objects concurrently and finish streams."""
+        for stream in streams:
+            if not isinstance(stream, _RemoteStream):
+                raise TypeError(f"{stream!r} is not a stream of this filesystem")
+            stream.finish()
+        if not objects:
+            return
+        data = {self._path(key): b"".join(buffers) for key, buffers in objects.items()}
+        with self.errors(", ".join(list(objects)[:3])):
+            for attempt in retrying():
+                with attempt:
+                    self.fs.pipe(data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Put-if-absent by the filesystem's own condition."""
+        with self.errors(key):
+            return publish.create(
+                self.fs,
+                self._path(key),
+                data,
+                single_writer=self._single_writer,
+                read_back=lambda: self.read(key),
+            )
+
+    def overwrite(self, key: str, data: bytes) -> None:
+        """Replace a small object that nothing depends on."""
+        with self.errors(key):
+            self.fs.pipe_file(self._path(key), data)
+
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+        """All objects under a prefix."""
+        top = self._path(prefix) if prefix else self.root
+        with self.errors(prefix):
+            found = self.fs.find(top, detail=True)
+        for path, info in sorted(found.items()):
+            yield ObjectInfo(path[len(self.root) + 1 :], int(info["size"]))
+
+    @contextlib.contextmanager
+    def errors(self, key: str) -> Iterator[None]:
+        """Translate whatever a client library raises: fsspec, botocore, aiohttp and the like share no base class."""
+        where = f"{key} in {self.url}"
+        if os.getpid() != self._pid:  # the client's event loop stayed in the parent: a request would never return
+            raise ForkedError(FORKED)
+        try:
+            yield
+        except TrajstoreError:
+            raise
+        except FileNotFoundError as error:
+            raise MissingObjectError(
+                f"{where} is not there ({error}); check that the bucket exists, or restore the object from a copy"
+            ) from error
+        except PermissionError as error:
+            raise StoragePermissionError(f"{where}: access refused ({error}); check the credentials") from error
+        except TimeoutError as error:
+            raise StorageTimeoutError(f"{where}: no answer in time ({error}); check the network and try again") from error
+        except Exception as error:
+            if "NoCredentials" in type(error).__name__ or error_codes(error) & {"401", "403"}:
+                raise StoragePermissionError(f"{where}: access refused ({error}); check the credentials") from error
+            raise StorageError(getattr(error, "errno", None) or errno.EIO, f"{where}: {error or error!r}") from error
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}"
+
+    def _cat(self, requests: Sequence[tuple[str, int | None, int | None]]) -> list[Any]:
+        """Bytes or the error of each request; transient failures are tried again."""
+        if os.getpid() != self._pid:
+            raise ForkedError(FORKED)
+        results: list[Any] = [None] * len(requests)
+        pending = list(range(len(requests)))
+        try:
+            for attempt in retrying():
+                with attempt:
+                    # Whole objects without a range, ranges with both ends: neither needs a HEAD first.
+                    got = self.fs.cat_ranges(
+                        [self._path(requests[i][0]) for i in pending],
+                        [requests[i][1] for i in pending],
+                        [requests[i][2] for i in pending],
+                        on_error="return",
+                    )
+                    for i, data in zip(pending, got, strict=True):
+                        results[i] = data
+                    pending = [
+                        i
+                        for i in pending
+                        if isinstance(results[i], BaseException) and not isinstance(results[i], FileNotFoundError)
+                    ]
+                    if pending:
+                        raise results[pending[0]]
+        except Exception as error:  # noqa: BLE001 - every caller raises what stands in its request's place
+            for i in pending:
+                results[i] = results[i] if isinstance(results[i], BaseException) else error
+        return results
+
+
+class _RemoteStream(ObjectStream):
+    """An upload that grows."""
+
+    def __init__(self, filesystem: RemoteFilesystem, key: str, file: Any) -> None:
+        self.key = key
+        self._filesystem = filesystem
+        self._file = file
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        with self._filesystem.errors(self.key):
+            for data in buffers:
+                self._file.write(data)
+
+    def finish(self) -> None:
+        with self._filesystem.errors(self.key):
+            self._file.close()
+
+    def abandon(self) -> None:
+        with self._filesystem.errors(self.key):
+            self._file.discard()

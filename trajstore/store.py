@@ -1,0 +1,378 @@
+"""``Store``: what users hold. It ties the history, the writer and the reader of one store together, and stores nothing itself.
+
+Invariant: a handle shows one version at a time; it moves on with its own commits and with ``refresh``.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import pandas as pd
+
+from trajstore.errors import (
+    ClosedError,
+    ReadOnlyError,
+    SchemaError,
+    StoreExistsError,
+    StoreNotFoundError,
+    UnsupportedStorageError,
+    VersionExpiredError,
+)
+from trajstore.format import layout
+from trajstore.format.codecs import check_preset
+from trajstore.format.snapshot import StoreDocument
+from trajstore.read.segment import SegmentReaders
+from trajstore.read.table import TrajectoryTable
+from trajstore.read.usage import StoreUsage, measure_usage
+from trajstore.schema import Column, Schema
+from trajstore.storage.commit import EMPTY_VERSION, History, Version
+from trajstore.storage.connect import connect
+from trajstore.storage.filesystem import Filesystem
+from trajstore.storage.workers import Workers
+from trajstore.view import View
+from trajstore.write.episode import Episode
+from trajstore.write.writer import TrajectoryRef, WriteOptions, Writer
+
+Mode = Literal["r", "a", "x"]
+
+
+def open(  # noqa: A001 - trajstore.open, as zarr.open and fsspec.open
+    url: str | os.PathLike[str],
+    mode: Mode = "r",
+    *,
+    schema: Schema | Iterable[Column] | None = None,
+    version: int | None = None,
+    codec: str | None = None,
+    segment_bytes: int = WriteOptions.segment_bytes,
+    commit_interval_s: float = WriteOptions.commit_interval_s,
+    write_buffer_bytes: int = WriteOptions.write_buffer_bytes,
+    spill_bytes: int = WriteOptions.spill_bytes,
+    storage_options: Mapping[str, Any] | None = None,
+    single_writer: bool = False,
+) -> Store:
+    """Open a store of trajectories.
+
+    Args:
+        url: A local path, ``memory://name``, ``s3://bucket/path``, or any other URL that fsspec knows.
+        mode: ``"r"`` to read; ``"a"`` to append, made if there is none; ``"x"`` to append to a new one, which must not exist.
+        schema: Columns, if they are not to be inferred from the first trajectory. On a store that has a schema, optional
+            columns are added to it; anything else must agree.
+        version: Show this version instead of the latest; for reading.
+        codec: How pages are compressed: ``"fast"``, ``"small"``, ``"none"``, or None for a default per dtype.
+        segment_bytes: Appended data is committed in segments of about this many bytes, before compression.
+        commit_interval_s: Appended data is committed at least this often, in the background.
+        write_buffer_bytes: ``append`` waits while more bytes than this wait to be encoded.
+        spill_bytes: A streaming episode goes to disk in parts of this many bytes.
+        storage_options: Credentials, endpoint and so on, for fsspec.
+        single_writer: Allow a storage that cannot create an object atomically; you promise that nobody else writes.
+
+    Raises:
+        StoreNotFoundError: Mode ``"r"`` and no store there, or a bucket that does not exist.
+        StoreExistsError: Mode ``"x"`` and a store is there.
+        UnsupportedStorageError: A storage that cannot create an object atomically, opened for writing.
+        FormatVersionError: A store of a newer trajstore.
+
+    Examples:
+        >>> import numpy as np, trajstore
+        >>> with trajstore.open("memory://docs/open", mode="a") as store:
+        ...     ref = store.append({"obs": np.zeros((4, 2), np.float32), "action": np.arange(3)}, terminated=True, task="pick")
+        ...     store.flush()
+        ...     store.trajectories[0].metadata, store.version
+        ({'task': 'pick'}, 1)
+    """
+    options = WriteOptions(
+        codec=codec,
+        segment_bytes=segment_bytes,
+        commit_interval_s=commit_interval_s,
+        write_buffer_bytes=write_buffer_bytes,
+        spill_bytes=spill_bytes,
+    )
+    check_preset(codec)
+    if mode not in ("r", "a", "x"):
+        raise ValueError(f"mode={mode!r}, expected 'r' to read, 'a' to append or 'x' for a new store")
+    if mode == "r" and schema is not None:
+        raise ReadOnlyError("schema= changes the store; open it with mode='a'")
+    if mode != "r" and version is not None:
+        raise ReadOnlyError(f"version={version} is for reading; open it with mode='r'")
+    filesystem = connect(url, storage_options=storage_options, single_writer=single_writer)
+    declared = schema if isinstance(schema, Schema) else Schema(tuple(schema or ()))
+    return open_on(filesystem, mode, declared=declared, version=version, options=options)
+
+
+def open_on(
+    filesystem: Filesystem,
+    mode: Mode,
+    *,
+    declared: Schema | None = None,
+    version: int | None = None,
+    options: WriteOptions | None = None,
+    history: History | None = None,
+) -> Store:
+    """Open a store on a filesystem at hand; ``open`` says what the arguments mean."""
+    history = history or History(filesystem)
+    if mode == "x" or mode == "a":
+        store_uuid, head = _open_or_create(filesystem, history, must_be_new=mode == "x")
+    else:
+        store_uuid, head = _open_existing(filesystem, history, version)
+    return Store(filesystem, history, head, store_uuid, mode, declared or Schema(), options or WriteOptions())
+
+
+def _open_existing(filesystem: Filesystem, history: History, version: int | None) -> tuple[str, Version]:
+    document, hint = filesystem.read_many([layout.STORE_DOCUMENT, layout.LATEST_HINT])
+    if document is None:
+        raise StoreNotFoundError(
+            f"no trajstore at {filesystem.description} ({layout.STORE_DOCUMENT} is not there); check the path or bucket, or "
+            "make one with mode='a'"
+        )
+    store = StoreDocument.from_bytes(document, key=f"{layout.STORE_DOCUMENT} in {filesystem.description}")
+    if version is not None:
+        return store.store_uuid, history.load(version)
+    return store.store_uuid, history.latest(history.parse_hint(hint))
+
+
+def _open_or_create(filesystem: Filesystem, history: History, *, must_be_new: bool) -> tuple[str, Version]:
+    if not must_be_new:
+        try:
+            return _open_existing(filesystem, history, None)
+        except StoreNotFoundError:
+            pass  # made below; if somebody else is faster, theirs is opened
+    store = StoreDocument(uuid.uuid4().hex)
+    if filesystem.create(layout.STORE_DOCUMENT, store.to_bytes()):
+        _check_creation_is_atomic(filesystem)
+        return store.store_uuid, EMPTY_VERSION
+    if must_be_new:
+        raise StoreExistsError(
+            f"a store is already at {filesystem.description}; open it with mode='a', or choose another place"
+        )
+    return _open_existing(filesystem, history, None)
+
+
+def _check_creation_is_atomic(filesystem: Filesystem) -> None:
+    """Some S3 servers accept a conditional put and ignore the condition: find out before anything depends on it."""
+    rival = StoreDocument(uuid.uuid4().hex).to_bytes()
+    if filesystem.create(layout.STORE_DOCUMENT, rival):
+        raise UnsupportedStorageError(
+            f"{filesystem.description} replaced an object that was to be created only if absent, so two writers could "
+            "overwrite each other's commits; upgrade the server to one that honours If-None-Match"
+        )
+
+
+class Store:
+    """A store of trajectories, made by ``trajstore.open``. Close it, or use it as a context manager.
+
+    Args:
+        filesystem: Where it is.
+        history: Its versions.
+        head: The version shown.
+        store_uuid: Its identity.
+        mode: See ``open``.
+        declared: Columns given by the user.
+        options: Knobs of writing.
+    """
+
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        history: History,
+        head: Version,
+        store_uuid: str,
+        mode: Mode,
+        declared: Schema,
+        options: WriteOptions,
+    ) -> None:
+        self._filesystem = filesystem
+        self._history = history
+        self._mode = mode
+        self._workers = Workers(os.cpu_count() or 1, name="trajstore-codec")
+        self._readers = SegmentReaders(filesystem, self._workers)
+        self._table: TrajectoryTable | None = None
+        self._closed = False
+        self.uuid = store_uuid
+        self._head = head
+        self._writer: Writer | None = None
+        if mode != "r":
+            self._writer = Writer(
+                filesystem, history, head, schema=declared, options=options, workers=self._workers
+            )
+            # Flushes what a user forgot to close, at the latest when the interpreter exits.
+            self._finalizer = weakref.finalize(self, self._writer.close)
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        return self._filesystem.url
+
+    @property
+    def mode(self) -> Mode:
+        """How it was opened."""
+        return self._mode
+
+    @property
+    def version(self) -> int:
+        """The version that this handle shows: as opened, or after its last commit or ``refresh``."""
+        return self._current().number
+
+    @property
+    def schema(self) -> Schema:
+        """Columns and metadata fields, including those of trajectories not yet committed."""
+        return self._writer.schema if self._writer is not None else self._head.snapshot.schema
+
+    @property
+    def trajectories(self) -> View:
+        """All committed trajectories of the version that this handle shows."""
+        self._check_open()
+        current = self._current()
+        if self._table is None or self._table.version.number != current.number:
+            self._table = TrajectoryTable(self._history, current)
+        return View(self._table, self._readers)
+
+    @property
+    def pending(self) -> int:
+        """Trajectories appended through this handle and not yet committed."""
+        return self._writer.pending if self._writer is not None else 0
+
+    def append(
+        self,
+        columns: Mapping[str, Any],
+        *,
+        terminated: bool = False,
+        truncated: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> TrajectoryRef:
+        """Append one trajectory. It is copied at once, and becomes durable in the background, or at ``flush``.
+
+        Args:
+            columns: Nested mapping of NumPy arrays, torch tensors (any device) or lists, time first: ``[T, ...]``, or
+                ``[T + 1, ...]`` for states with a final observation. The first trajectory defines the schema.
+            terminated: It ended in a terminal state.
+            truncated: It was cut off, by a time limit for instance.
+            metadata: Fields of the trajectory: bool, number, string, bytes or datetime each.
+            **fields: More of them.
+
+        Raises:
+            SchemaError: One of its subclasses, naming the column or field; nothing is appended.
+            TrajstoreError: A background commit failed since the last call.
+        """
+        return self._writing().append(
+            columns, terminated=terminated, truncated=truncated, metadata=_joined(metadata, fields)
+        )
+
+    def begin(self, *, metadata: Mapping[str, Any] | None = None, **fields: Any) -> Episode:
+        """Begin a trajectory that is given step by step; memory stays bounded however long it gets.
+
+        Args:
+            metadata: Fields of the trajectory.
+            **fields: More of them.
+        """
+        return Episode(self._writing(), _joined(metadata, fields))
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Return when everything appended before is durable and visible to others.
+
+        Args:
+            timeout_s: Wait no longer than this; the commit goes on in the background.
+
+        Raises:
+            StorageTimeoutError: It takes longer.
+            TrajstoreError: What failed in the background: those trajectories are not in the store.
+        """
+        self._writing().flush(timeout_s)
+
+    def refresh(self) -> int:
+        """Move on to the latest version, by whomever; returns its number."""
+        self._check_open()
+        latest = self._history.latest(self._current().number)
+        if self._writer is not None:
+            self._writer.head = latest
+        self._head = latest
+        return self.version
+
+    def versions(self, limit: int = 1000) -> pd.DataFrame:
+        """The latest versions, newest first: when, by what operation, and what they hold.
+
+        Args:
+            limit: At most so many.
+        """
+        self._check_open()
+        rows = []
+        number = self._history.latest(self._current().number).number
+        while number > 0 and len(rows) < limit:
+            try:
+                snapshot = self._history.load(number).snapshot
+            except VersionExpiredError:
+                break  # what is older is gone too
+            rows.append(
+                {
+                    "version": number,
+                    "created_at": pd.Timestamp(snapshot.created_at),
+                    "operation": snapshot.operation,
+                    "trajectories": snapshot.totals.trajectories,
+                    "steps": snapshot.totals.steps,
+                    "stored_bytes": snapshot.totals.nbytes,
+                    "manifests": len(snapshot.manifests),
+                }
+            )
+            number -= 1
+        columns = "version created_at operation trajectories steps stored_bytes manifests".split()
+        return pd.DataFrame(rows, columns=columns).set_index("version")
+
+    def usage(self) -> StoreUsage:
+        """Where the bytes are: per column logical and stored, and how many segments, manifests and versions."""
+        table = self.trajectories._table
+        return measure_usage(table, self._readers)
+
+    def close(self) -> None:
+        """Flush, and let go of threads. May be called twice.
+
+        Raises:
+            TrajstoreError: What failed in the background; the store is closed all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._writer is not None:
+                self._finalizer.detach()
+                self._writer.close()
+                self._head = self._writer.head
+        finally:
+            self._workers.close()
+            self._filesystem.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        totals = self._current().snapshot.totals
+        return (
+            f"Store({self.url!r}, mode={self._mode!r}, version={self.version}, trajectories={totals.trajectories}, "
+            f"steps={totals.steps}{f', pending={self.pending}' if self.pending else ''})"
+        )
+
+    def _current(self) -> Version:
+        return self._writer.head if self._writer is not None else self._head
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the store {self.url} is closed; open it again")
+
+    def _writing(self) -> Writer:
+        self._check_open()
+        if self._writer is None:
+            raise ReadOnlyError(f"the store {self.url} was opened with mode='r'; open it with mode='a' to append")
+        return self._writer
+
+
+def _joined(metadata: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    both = set(metadata or ()) & set(fields)
+    if both:
+        raise SchemaError(f"metadata field {sorted(both)[0]!r} is given twice, as a keyword and in metadata=")
+    return {**(metadata or {}), **fields}

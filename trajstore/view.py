@@ -1,0 +1,451 @@
+"""Views: a fixed selection of trajectories of one version, and the trajectories in it.
+
+Invariant: a view never changes; it holds index arrays, no step data. Filtering and slicing make new views.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, overload
+
+import numpy as np
+import pandas as pd
+import torch
+
+from trajstore.errors import IndexRangeError, SelectionError, UnknownColumnError
+from trajstore.feed.loader import Loader
+from trajstore.interop import frames
+from trajstore.read.segment import RowRange, SegmentReaders
+from trajstore.read.table import TrajectoryTable
+from trajstore.schema import Column, Schema, nest
+from trajstore.values import Array, Stored, to_user
+
+_TABLE_FIELDS = frozenset(
+    "uuid id segment start ordinal length episode first_step terminated truncated reward_sum created_at".split()
+)
+_LARGE_STEP_BYTES = 1024
+
+
+class View(Sequence["Trajectory"]):
+    """A fixed selection of trajectories.
+
+    Indexing with a number gives a ``Trajectory``; with a slice, a boolean mask or an array of positions, a ``View``.
+
+    Examples:
+        >>> import numpy as np, trajstore
+        >>> with trajstore.open("memory://docs/view", mode="a") as store:
+        ...     for n in (3, 5):
+        ...         _ = store.append({"action": np.arange(n)}, task="pick" if n == 5 else "place")
+        ...     store.flush()
+        ...     view = store.trajectories.filter("length > 4 and task == 'pick'")
+        ...     view[0]["action"][1:3]
+        array([1, 2])
+    """
+
+    def __init__(self, table: TrajectoryTable, readers: SegmentReaders, rows: Array | None = None) -> None:
+        self._table = table
+        self._readers = readers
+        self._rows = np.arange(len(table), dtype=np.int64) if rows is None else rows  # (n,) int64, rows of the table
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, key: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, key: slice | Sequence[int] | Array) -> View: ...
+    def __getitem__(self, key: int | slice | Sequence[int] | Array) -> Trajectory | View:
+        if isinstance(key, int | np.integer):
+            position = int(key) + (len(self) if key < 0 else 0)
+            if not 0 <= position < len(self):
+                raise IndexRangeError(f"trajectory {int(key)} of a view of {len(self)}")
+            return Trajectory(self, int(self._rows[position]))
+        if isinstance(key, slice):
+            return self._selected(self._rows[key])
+        return self.take(key)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return (Trajectory(self, int(row)) for row in self._rows)
+
+    def __repr__(self) -> str:
+        return f"View(trajectories={len(self)}, steps={self.num_steps}, version={self.version})"
+
+    @property
+    def version(self) -> int:
+        """The version of the store that the view shows."""
+        return self._table.version.number
+
+    @property
+    def schema(self) -> Schema:
+        """Columns and metadata fields of that version."""
+        return self._table.version.snapshot.schema
+
+    @property
+    def ids(self) -> Array:
+        """``(n,)`` int64: numbers in the store."""
+        return self._table.id[self._rows]
+
+    @property
+    def lengths(self) -> Array:
+        """``(n,)`` int64: steps."""
+        return self._table.length[self._rows]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all trajectories."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def common_columns(self) -> tuple[Column, ...]:
+        """Columns that every trajectory of the view has."""
+        segments = np.unique(self._table.segment[self._rows])
+        presence = self._table.column_presence
+        return tuple(c for c in self.schema if c.path not in presence or presence[c.path][segments].all())
+
+    def first(self, n: int) -> View:
+        """The oldest ``n`` trajectories, or all if there are fewer."""
+        return self._selected(self._rows[: _count(n)])
+
+    def last(self, n: int) -> View:
+        """The newest ``n`` trajectories, or all if there are fewer."""
+        return self._selected(self._rows[max(len(self) - _count(n), 0) :])
+
+    def take(self, positions: Sequence[int] | Array) -> View:
+        """The trajectories at these positions, in this order, or those where a boolean mask is true."""
+        chosen = np.asarray(positions)
+        if chosen.size == 0 and chosen.dtype != bool:
+            chosen = chosen.astype(np.int64)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iub":
+            raise SelectionError(f"positions of dtype {chosen.dtype} and {chosen.ndim} dimensions; expected 1-d integers")
+        if chosen.dtype == bool:
+            if len(chosen) != len(self):
+                raise SelectionError(f"a mask of {len(chosen)} for a view of {len(self)} trajectories")
+            return self._selected(self._rows[chosen])
+        if chosen.size and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
+            raise IndexRangeError(f"positions {chosen.min()}..{chosen.max()} of a view of {len(self)}")
+        return self._selected(self._rows[chosen])
+
+    def filter(self, expression: str, **variables: Any) -> View:
+        """The trajectories for which an expression over the trajectory table holds.
+
+        Args:
+            expression: As ``pandas.DataFrame.query`` takes it: ``"length > 100 and task == 'pick'"``. Trajectories for
+                which a field is missing do not match.
+            **variables: Values that the expression names with ``@``: ``filter("task in @tasks", tasks=["pick"])``.
+
+        Raises:
+            SelectionError: An unknown field, or no expression at all.
+        """
+        return self._selected(self._rows[frames.query(self.to_pandas(), expression, variables)])
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per trajectory, indexed by id: uuid, length, flags, return, time, then metadata fields."""
+        return frames.trajectory_frame(self._table.full.take(self._rows))
+
+    def steps(self, columns: Sequence[str] | None = None, n: int | None = None) -> pd.DataFrame:
+        """One row per step, indexed by (trajectory id, step).
+
+        Args:
+            columns: Names; by default all that are small. Vectors become one column per entry, larger shapes one array per
+                cell. Of a column with ``extra=1`` the final observation is left out.
+            n: At most this many steps, from the beginning of the view; all by default.
+        """
+        chosen = self._columns(columns) if columns is not None else self._small_columns()
+        lengths = self.lengths
+        if n is not None:
+            before = np.cumsum(lengths) - lengths
+            lengths = np.clip(_count(n) - before, 0, lengths)
+        kept = np.flatnonzero(lengths)
+        values: dict[str, list[Any]] = {c.path: [] for c in chosen}
+        for position in kept:
+            trajectory = self[int(position)]
+            for column in chosen:
+                values[column.path].append(trajectory.column(column.path)[: int(lengths[position])])
+        joined = [(c.path, _concatenate(values[c.path])) for c in chosen] if len(kept) else []
+        return frames.step_frame(self.ids[kept].tolist(), lengths[kept].tolist(), joined)
+
+    def read(self, column: str, out: Array | None = None) -> Any:
+        """One column of all trajectories, end to end; neighbours in a segment are read in one go.
+
+        Args:
+            column: Name.
+            out: Filled and returned instead of a new array: ``(rows, *shape)``, C-contiguous, of the stored dtype.
+
+        Returns:
+            ``(rows, *shape)``; rows are steps, and one more per trajectory for a column with ``extra=1``.
+        """
+        spec = self.schema[column]
+        starts, stops, segments = self._runs(spec)
+        if not len(starts):
+            raise SelectionError(f"column {column!r} of an empty view")
+        if spec.is_variable:
+            parts = [
+                to_user(spec, self._read(int(s), spec.path, RowRange(int(a), int(b))))
+                for s, a, b in zip(segments, starts, stops, strict=True)
+            ]
+            return np.concatenate(parts)
+        total = int((stops - starts).sum())
+        if out is None:
+            out = np.empty((total, *spec.shape), spec.physical_dtype)
+        elif out.shape != (total, *spec.shape) or out.dtype != spec.physical_dtype or not out.flags.c_contiguous:
+            raise SelectionError(
+                f"out is {out.dtype}{list(out.shape)}; column {column!r} needs a C-contiguous "
+                f"{spec.physical_dtype}{[total, *spec.shape]}"
+            )
+        done = 0
+        for segment, start, stop in zip(segments, starts, stops, strict=True):
+            n = int(stop - start)
+            self._read(int(segment), spec.path, RowRange(int(start), int(stop)), out[done : done + n])
+            done += n
+        return to_user(spec, out)
+
+    def sample(self, n: int, *, seed: int | None = None, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        """One batch of single steps, drawn uniformly with replacement.
+
+        Args:
+            n: Steps.
+            seed: Same seed, same steps; by default different each time.
+            columns: Names, nested ones by their parent too; by default all of fixed shape that every trajectory has.
+
+        Returns:
+            Nested mapping of tensors ``[n, ...]``.
+        """
+        with self.loader(n, seed=_fresh_seed() if seed is None else seed, columns=columns) as loader:
+            return next(iter(loader))
+
+    def loader(
+        self,
+        batch_size: int,
+        *,
+        window: int | None = None,
+        order: str = "random",
+        seed: int = 0,
+        columns: Sequence[str] | None = None,
+        epochs: int = 1,
+        drop_last: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Loader:
+        """Batches of windows.
+
+        Args:
+            batch_size: Windows per batch.
+            window: Steps per window; None for single steps without a time dimension.
+            order: ``"random"`` (uniform with replacement, endless) or ``"sequential"`` (every anchor once per epoch).
+            seed: Same view, same seed: same batches.
+            columns: Names, nested ones by their parent too; metadata fields and the virtual columns ``terminated``,
+                ``truncated``, ``is_first``, ``is_last``, ``step`` and ``trajectory`` when named. By default all columns of
+                fixed shape that every trajectory has.
+            epochs: For ``sequential``.
+            drop_last: Leave out the short last batch of an epoch.
+            device: Where the tensors go.
+
+        Returns:
+            An iterable of nested mappings of tensors ``[batch_size, window, ...]``; a context manager.
+        """
+        return Loader(
+            self,
+            batch_size=batch_size,
+            window=window,
+            order=order,
+            seed=seed,
+            columns=columns,
+            epochs=epochs,
+            drop_last=drop_last,
+            device=device,
+        )
+
+    def _selected(self, rows: Array) -> View:
+        return View(self._table, self._readers, rows)
+
+    def _columns(self, names: Sequence[str]) -> list[Column]:
+        return [column for name in names for column in self.schema.select(name)]
+
+    def _small_columns(self) -> list[Column]:
+        return [c for c in self.common_columns if not c.ragged and c.row_bytes <= _LARGE_STEP_BYTES]
+
+    def _runs(self, column: Column) -> tuple[Array, Array, Array]:
+        """Rows of all trajectories of the view, neighbours joined: starts, stops and segments, ``(runs,)`` each."""
+        table, rows = self._table, self._rows
+        starts = table.start[rows] + (table.ordinal[rows] if column.extra else 0)
+        stops = starts + table.length[rows] + column.extra
+        segments = table.segment[rows]
+        new = np.ones(len(rows), bool)
+        new[1:] = (segments[1:] != segments[:-1]) | (starts[1:] != stops[:-1])
+        first = np.flatnonzero(new)
+        last = np.append(first[1:], len(rows)) - 1 if len(rows) else first
+        return starts[first], stops[last], segments[first]
+
+    def _read(self, segment: int, path: str, rows: RowRange, out: Array | None = None) -> Stored:
+        return self._readers.open(self._table.segments[segment], self.schema).read(path, rows, out)
+
+
+class Trajectory:
+    """One trajectory of a view: its columns, read on demand, and what is known about it."""
+
+    def __init__(self, view: View, row: int) -> None:
+        self._view = view
+        self._row = row
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        return f"Trajectory(id={self.id}, length={self.length}, columns={list(self.columns)})"
+
+    @property
+    def id(self) -> int:
+        """Number in the store."""
+        return int(self._view._table.id[self._row])
+
+    @property
+    def length(self) -> int:
+        """Steps."""
+        return int(self._view._table.length[self._row])
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """Identity, made at append."""
+        return uuid.UUID(bytes=self._fields["uuid"])
+
+    @property
+    def terminated(self) -> bool:
+        """Whether it ended in a terminal state."""
+        return bool(self._fields["terminated"])
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut off."""
+        return bool(self._fields["truncated"])
+
+    @property
+    def reward_sum(self) -> float | None:
+        """Undiscounted return; None without a scalar column ``reward``."""
+        return self._fields["reward_sum"]  # type: ignore[no-any-return]
+
+    @property
+    def created_at(self) -> pd.Timestamp:
+        """When it was appended, UTC."""
+        return pd.Timestamp(self._fields["created_at"])
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Its metadata fields; those never set are left out."""
+        return {k: v for k, v in self._fields.items() if k not in _TABLE_FIELDS and v is not None}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of its columns."""
+        table = self._view._table
+        present = set(table.segments[int(table.segment[self._row])].columns)
+        return tuple(c.path for c in self._view.schema if c.path in present)
+
+    def __contains__(self, name: object) -> bool:
+        return any(path == name or path.startswith(f"{name}/") for path in self.columns)
+
+    def __getitem__(self, name: str) -> Any:
+        """A column by its path, or a nested mapping of the columns under a name.
+
+        Raises:
+            UnknownColumnError: This trajectory has neither.
+        """
+        if name in self.columns:
+            return self.column(name)
+        under = {path: self.column(path) for path in self.columns if path.startswith(f"{name}/")}
+        if not under:
+            raise UnknownColumnError(
+                f"trajectory {self.id} has no column {name!r}; it has {', '.join(map(repr, self.columns))}"
+            )
+        return nest({path.removeprefix(f"{name}/"): column for path, column in under.items()})
+
+    def column(self, path: str) -> TrajectoryColumn:
+        """A column by its full path."""
+        if path not in self.columns:
+            raise UnknownColumnError(
+                f"trajectory {self.id} has no column {path!r}; it has {', '.join(map(repr, self.columns))}"
+            )
+        return TrajectoryColumn(self._view, self._row, self._view.schema[path])
+
+    def read(self) -> dict[str, Any]:
+        """All columns as nested arrays, the way they were appended."""
+        return nest({path: self.column(path)[:] for path in self.columns})
+
+    @cached_property
+    def _fields(self) -> Mapping[str, Any]:
+        fields: dict[str, Any] = self._view._table.full.slice(self._row, 1).to_pylist()[0]
+        return fields
+
+
+class TrajectoryColumn:
+    """One column of one trajectory, read on demand. ``np.asarray`` reads all of it."""
+
+    def __init__(self, view: View, row: int, column: Column) -> None:
+        self._view = view
+        self._row = row
+        self.column = column
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(rows, *shape)``; rows are the length, and one more for ``extra=1``."""
+        return (len(self), *(() if self.column.is_variable else self.column.shape))
+
+    @property
+    def dtype(self) -> str:
+        """Name of the column's dtype."""
+        return self.column.dtype
+
+    def __len__(self) -> int:
+        return int(self._view._table.length[self._row]) + self.column.extra
+
+    def __repr__(self) -> str:
+        return f"TrajectoryColumn({self.column.path!r}, {self.column.describe()}, rows={len(self)})"
+
+    def __getitem__(self, key: int | slice | tuple[Any, ...]) -> Any:
+        """Rows: an array for a slice, one value for a number; ``[rows, ...]`` also selects inside them."""
+        if isinstance(key, tuple):
+            rows = self[key[0]]
+            return rows[(slice(None), *key[1:])] if isinstance(key[0], slice) else rows[key[1:]]
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                return to_user(self.column, self._rows(start, max(stop, start)))
+            wanted = range(start, stop, step)
+            if not len(wanted):
+                return self[0:0]
+            lo = min(wanted[0], wanted[-1])
+            read = self[lo : max(wanted[0], wanted[-1]) + 1]
+            return read[[i - lo for i in wanted]]
+        if not isinstance(key, int | np.integer):
+            raise SelectionError(f"rows are selected by a number or a slice, found a {type(key).__name__}")
+        row = int(key) + (len(self) if key < 0 else 0)
+        if not 0 <= row < len(self):
+            raise IndexRangeError(f"row {int(key)} of column {self.column.path!r}, which has {len(self)}")
+        return self[row : row + 1][0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("a column is read from the store: it cannot be had without a copy")
+        return np.asarray(self[:], dtype)
+
+    def _rows(self, start: int, stop: int) -> Stored:
+        table = self._view._table
+        first = int(table.start[self._row]) + (int(table.ordinal[self._row]) if self.column.extra else 0)
+        segment = int(table.segment[self._row])
+        return self._view._read(segment, self.column.path, RowRange(first + start, first + stop))
+
+
+def _count(n: int) -> int:
+    if n < 0:
+        raise SelectionError(f"n={n}, expected zero or more")
+    return int(n)
+
+
+def _fresh_seed() -> int:
+    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return torch.cat(parts)  # bfloat16

@@ -1,0 +1,1 @@
+"""From appended trajectories to durable segments, in the background."""

@@ -1,0 +1,505 @@
+"""Background group commit: appends are copied into the open segment at once, and become versions a little later.
+
+Invariant: the trajectories of one batch become visible together, in the order in which they were appended, or not at all;
+``flush`` returns only when everything appended before it is durable, and whatever failed in the background is raised at the
+next call. One thread commits; encoding runs in all workers; the caller of ``append`` only copies.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trajstore.errors import (
+    ClosedError,
+    CommitError,
+    ForkedError,
+    SchemaConflictError,
+    StorageError,
+    StorageTimeoutError,
+    TrajstoreError,
+)
+from trajstore.format.layout import manifest_key
+from trajstore.format.manifest import (
+    Manifest,
+    TrajectoryRow,
+    build_table,
+    check_metadata,
+    encode_manifest,
+    manifest_entry,
+)
+from trajstore.schema import Column, Schema
+from trajstore.storage.commit import Append, History, Version
+from trajstore.storage.filesystem import Filesystem, ObjectStream
+from trajstore.storage.workers import FORKED, Workers
+from trajstore.values import Stored, check_trajectory
+from trajstore.write.blocks import BlockPool
+from trajstore.write.segment import SegmentBuilder
+
+_MAX_QUEUED_BATCHES = 4
+_PUMP_INTERVAL_S = 0.01
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """Knobs of a store that is written to.
+
+    Attributes:
+        codec: Preset ``"fast"``, ``"small"`` or ``"none"``; None for defaults per dtype.
+        segment_bytes: A segment is committed once it holds this many bytes, before compression.
+        commit_interval_s: Appended trajectories are committed at least this often.
+        write_buffer_bytes: ``append`` waits while more bytes than this are waiting to be encoded.
+        spill_bytes: A streaming episode writes full pages once it holds this many bytes.
+    """
+
+    codec: str | None = None
+    segment_bytes: int = 256 * 1024 * 1024
+    commit_interval_s: float = 30.0
+    write_buffer_bytes: int = 256 * 1024 * 1024
+    spill_bytes: int = 16 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        for name in ("segment_bytes", "commit_interval_s", "write_buffer_bytes", "spill_bytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected a positive number")
+
+
+class TrajectoryRef:
+    """What ``append`` returns: the trajectory's identity, known at once, and its number, known once committed."""
+
+    def __init__(self, uuid_bytes: bytes) -> None:
+        self._uuid = uuid_bytes
+        self._id: int | None = None
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """Identity, made at append."""
+        return uuid.UUID(bytes=self._uuid)
+
+    @property
+    def id(self) -> int | None:
+        """Number in the store, in commit order; None until committed."""
+        return self._id
+
+    def __repr__(self) -> str:
+        return f"TrajectoryRef(uuid={self.uuid}, id={self._id})"
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Trajectories that become visible together."""
+
+    number: int
+    shared: dict[tuple[str, ...], SegmentBuilder] = field(default_factory=dict)
+    builders: list[SegmentBuilder] = field(default_factory=list)
+    rows: list[tuple[TrajectoryRef, TrajectoryRow]] = field(default_factory=list)
+    schema: Schema | None = None
+    opened_at: float = 0.0
+
+
+class Writer:
+    """The writing half of a store handle.
+
+    Args:
+        filesystem: Where the store is.
+        history: Its versions.
+        head: The latest version known.
+        schema: Columns declared by the caller; merged with the store's.
+        options: Knobs.
+        workers: Encode pages.
+        now: The clock, UTC.
+    """
+
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        history: History,
+        head: Version,
+        *,
+        schema: Schema,
+        options: WriteOptions,
+        workers: Workers,
+        now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
+    ) -> None:
+        self.options = options
+        self._filesystem = filesystem
+        self._history = history
+        self._head = head
+        self._schema = head.snapshot.schema.merged_with(schema)
+        self._workers = workers
+        self._now = now
+        self._pid = os.getpid()
+        self._blocks = BlockPool(options.write_buffer_bytes)
+        self._condition = threading.Condition()
+        self._open = _Batch(0)
+        self._queue: deque[_Batch] = deque()
+        self._streaming: list[SegmentBuilder] = []  # of episodes that outgrew memory
+        self._settled = -1  # number of the last batch that was committed or failed
+        self._errors: list[Exception] = []
+        self._pump_wanted = False
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def head(self) -> Version:
+        """The latest version known to this handle."""
+        return self._head
+
+    @head.setter
+    def head(self, version: Version) -> None:
+        with self._condition:
+            if version.number > self._head.number:
+                self._adopt(version)
+
+    @property
+    def schema(self) -> Schema:
+        """The store's schema with what was appended but is not yet committed."""
+        return self._schema
+
+    @property
+    def pending(self) -> int:
+        """Trajectories appended and not yet committed."""
+        with self._condition:
+            return len(self._open.rows) + sum(len(batch.rows) for batch in self._queue)
+
+    def append(
+        self, tree: Mapping[str, Any], *, terminated: bool, truncated: bool, metadata: Mapping[str, Any]
+    ) -> TrajectoryRef:
+        """Copy a whole trajectory into the open segment."""
+        with self._begin_change():
+            self._wait_for_room()
+            trajectory, schema = check_trajectory(tree, self._schema)
+            fields, schema = _checked_metadata(metadata, schema)
+            present = tuple(c.path for c in schema if c.path in trajectory.columns)
+            builder = self._open.shared.get(present)
+            if builder is None:
+                builder = self._new_builder([schema[path] for path in present])
+                self._open.shared[present] = builder
+                self._open.builders.append(builder)
+            self._schema = schema
+            self._append_rows(builder, trajectory.columns)
+            reward_sum = total_reward(schema, trajectory.columns)
+            return self._add_row(builder, trajectory.length, terminated, truncated, reward_sum, fields)
+
+    def open_stream(self, columns: Iterable[Column], schema: Schema) -> SegmentBuilder:
+        """A segment of its own for an episode that outgrew memory."""
+        with self._begin_change():
+            self._schema = self._schema.merged_with(schema)
+            builder = self._new_builder(list(columns))
+            self._streaming.append(builder)
+            return builder
+
+    def append_to_stream(self, builder: SegmentBuilder, columns: Mapping[str, Stored]) -> None:
+        """Rows of such an episode."""
+        with self._begin_change():
+            self._wait_for_room()
+            if builder not in self._streaming:
+                raise ClosedError("this episode's segment could not be written; begin the episode again")
+            self._append_rows(builder, columns)
+
+    def end_stream(
+        self,
+        builder: SegmentBuilder,
+        length: int,
+        *,
+        terminated: bool,
+        truncated: bool,
+        reward_sum: float | None,
+        metadata: Mapping[str, Any],
+    ) -> TrajectoryRef:
+        """The end of such an episode: it joins the open batch."""
+        with self._begin_change():
+            fields, self._schema = _checked_metadata(metadata, self._schema)
+            self._streaming.remove(builder)
+            self._open.builders.append(builder)
+            return self._add_row(builder, length, terminated, truncated, reward_sum, fields)
+
+    def abandon_stream(self, builder: SegmentBuilder) -> None:
+        """Such an episode is given up."""
+        with self._condition:
+            if builder in self._streaming:
+                self._streaming.remove(builder)
+        builder.abandon()
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Commit what was appended and wait until it is durable.
+
+        Raises:
+            StorageTimeoutError: It takes longer than ``timeout_s``; it goes on in the background.
+            TrajstoreError: What failed in the background.
+        """
+        with self._begin_change():
+            self._cut()
+            wanted = self._open.number - 1
+            if not self._condition.wait_for(lambda: self._settled >= wanted, timeout_s):
+                raise StorageTimeoutError(
+                    f"{self._filesystem.description}: {self.pending} trajectories are not yet durable after {timeout_s} s; "
+                    "the commit goes on in the background, call flush() again"
+                )
+            self._raise_background_errors()
+
+    def close(self) -> None:
+        """Flush, then end the thread. May be called twice."""
+        if os.getpid() != self._pid or self._closing:
+            return
+        try:
+            self.flush()
+        finally:
+            with self._condition:
+                self._closing = True
+                self._condition.notify_all()
+                streaming, self._streaming = self._streaming, []
+            if self._thread is not None:
+                self._thread.join()
+            for builder in streaming:
+                builder.abandon()
+            if self._settled >= 0:
+                self._history.write_hint(self._head.number)
+
+    # What follows runs under the condition's lock, in the thread of the caller.
+
+    def _begin_change(self) -> threading.Condition:
+        if os.getpid() != self._pid:
+            raise ForkedError(FORKED)
+        if self._closing:
+            raise ClosedError("the store is closed; open it again to write")
+        if self._errors:
+            with self._condition:
+                self._raise_background_errors()
+        return self._condition
+
+    def _raise_background_errors(self) -> None:
+        if self._errors:
+            first, self._errors = self._errors[0], []
+            raise first
+
+    def _wait_for_room(self) -> None:
+        limit = self.options.write_buffer_bytes
+        self._condition.wait_for(
+            lambda: len(self._queue) < _MAX_QUEUED_BATCHES and self._in_flight_bytes() < limit or self._errors
+        )
+        self._raise_background_errors()
+
+    def _in_flight_bytes(self) -> int:
+        batches = (self._open, *self._queue)
+        return sum(b.in_flight_bytes for b in (*self._streaming, *(b for batch in batches for b in batch.builders)))
+
+    def _new_builder(self, columns: list[Column]) -> SegmentBuilder:
+        return SegmentBuilder(
+            columns,
+            preset=self.options.codec,
+            filesystem=self._filesystem,
+            workers=self._workers,
+            blocks=self._blocks,
+        )
+
+    def _append_rows(self, builder: SegmentBuilder, columns: Mapping[str, Stored]) -> None:
+        before = builder.in_flight_bytes
+        builder.append_rows(columns)
+        if builder.in_flight_bytes > before:
+            self._pump_wanted = True
+            self._wake()
+
+    def _add_row(
+        self,
+        builder: SegmentBuilder,
+        length: int,
+        terminated: bool,
+        truncated: bool,
+        reward_sum: float | None,
+        metadata: Mapping[str, Any],
+    ) -> TrajectoryRef:
+        start, ordinal = builder.end_trajectory(length)
+        ref = TrajectoryRef(uuid.uuid4().bytes)
+        row = TrajectoryRow(
+            uuid=ref._uuid,
+            segment=builder.uuid,
+            start=start,
+            ordinal=ordinal,
+            length=length,
+            terminated=bool(terminated),
+            truncated=bool(truncated),
+            reward_sum=reward_sum,
+            created_at=self._now(),
+            metadata=metadata,
+        )
+        if not self._open.rows:
+            self._open.opened_at = time.monotonic()
+            self._wake()
+        self._open.rows.append((ref, row))
+        if sum(b.raw_bytes for b in self._open.builders) >= self.options.segment_bytes:
+            self._cut()
+        return ref
+
+    def _cut(self) -> None:
+        """Close the open batch and queue it for commit."""
+        if not self._open.rows:
+            return
+        self._open.schema = self._schema
+        self._queue.append(self._open)
+        self._open = _Batch(self._open.number + 1)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="trajstore-commit", daemon=True)
+            self._thread.start()
+        self._condition.notify_all()
+
+    # What follows runs in the background thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(self._has_work, self._seconds_to_wake())
+                if self._open.rows and not self._queue and self._seconds_to_deadline() == 0:
+                    self._cut()
+                batch = self._queue[0] if self._queue else None
+                if batch is None and self._closing:
+                    return
+                self._pump_wanted = False
+                builders = [*self._streaming, *(() if batch else self._open.builders)]
+                for builder in builders:
+                    builder.encode_arrow()
+            if batch is not None:
+                self._settle(batch)
+            self._pump(builders)
+
+    def _has_work(self) -> bool:
+        return bool(self._queue) or self._pump_wanted or self._closing
+
+    def _seconds_to_wake(self) -> float | None:
+        if any(b.in_flight_bytes for b in (*self._streaming, *self._open.builders)):
+            return _PUMP_INTERVAL_S
+        return self._seconds_to_deadline() if self._open.rows else None
+
+    def _seconds_to_deadline(self) -> float:
+        return max(0.0, self._open.opened_at + self.options.commit_interval_s - time.monotonic())
+
+    def _pump(self, builders: Iterable[SegmentBuilder]) -> None:
+        for builder in builders:
+            try:
+                builder.drain()
+            except Exception as error:  # noqa: BLE001 - raised at the next call of the user
+                with self._condition:
+                    self._fail_open(builder, error)
+        with self._condition:
+            self._condition.notify_all()  # there may be room again
+
+    def _fail_open(self, failed: SegmentBuilder, error: Exception) -> None:
+        """A segment under construction cannot be written: its trajectories are lost, and the user is told."""
+        lost = 0
+        if failed in self._streaming:
+            self._streaming.remove(failed)
+            failed.abandon()
+        if failed in self._open.builders:
+            lost = len(self._open.rows)
+            for builder in self._open.builders:
+                builder.abandon()
+            self._open = _Batch(self._open.number)
+        self._errors.append(_lost(error, lost))
+
+    def _adopt(self, version: Version) -> None:
+        self._head = version
+        try:
+            self._schema = version.snapshot.schema.merged_with(self._schema)
+        except SchemaConflictError:
+            return  # another writer was first: committing what is open will say so, with what is lost
+
+    def _settle(self, batch: _Batch) -> None:
+        try:
+            version = self._commit(batch)
+        except Exception as error:  # noqa: BLE001 - raised at the next call of the user
+            with self._condition:
+                self._fail(batch, error)
+            return
+        with self._condition:
+            first_id = version.snapshot.manifests[-1].first_id
+            for row, (ref, _) in enumerate(batch.rows):
+                ref._id = first_id + row
+            self._adopt(version)
+            self._settled = batch.number
+            self._queue.popleft()
+            self._condition.notify_all()
+
+    def _commit(self, batch: _Batch) -> Version:
+        for builder in batch.builders:
+            builder.close_pages()
+        segments = [builder.finish() for builder in batch.builders]
+        schema = batch.schema or self._schema
+        fields = {name: kind for name, kind in schema.metadata.items() if _is_used(name, batch)}
+        manifest = build_table([row for _, row in batch.rows], [s.entry for s in segments], fields)
+        data = encode_manifest(manifest)
+        path = manifest_key(uuid.uuid4().hex)
+        objects: dict[str, Any] = {path: [data]}
+        streams: list[ObjectStream] = []
+        for segment in segments:
+            objects.update(segment.objects)
+            streams += segment.streams
+        # The manifest need not wait for the segments: nobody sees either before the snapshot.
+        self._filesystem.store(objects, streams)
+        entry = manifest_entry(path, data, manifest, first_id=0)
+        change = Append(schema, entry, nbytes=sum(s.entry.nbytes for s in segments))
+        version = self._history.commit(change, self._head)
+        self._history.remember(entry, Manifest(manifest.table, manifest.segments))
+        return version
+
+    def _fail(self, batch: _Batch, error: Exception) -> None:
+        failed = [batch]
+        if isinstance(error, SchemaConflictError):
+            # What was appended since has the same columns: it cannot fit either.
+            failed = [*self._queue, self._open]
+            self._open = _Batch(self._open.number)
+            try:
+                self._head = self._history.latest(self._head.number)
+                self._schema = self._head.snapshot.schema
+            except StorageError as later:
+                error.add_note(f"and the store's schema could not be read again: {later}")
+        for one in failed:
+            for builder in one.builders:
+                builder.abandon()
+            if one in self._queue:
+                self._queue.remove(one)
+        self._settled = self._queue[0].number - 1 if self._queue else self._open.number - 1
+        self._errors.append(_lost(error, sum(len(one.rows) for one in failed)))
+        self._condition.notify_all()
+
+
+def total_reward(schema: Schema, columns: Mapping[str, Stored]) -> float | None:
+    """Sum of the scalar numeric column ``reward`` in float64, or None without one."""
+    column = schema["reward"] if "reward" in schema else None
+    if column is None or "reward" not in columns or column.shape or column.is_variable or column.extra:
+        return None
+    if column.dtype == "bfloat16" or column.physical_dtype.kind == "c" or column.dtype.startswith(("date", "time")):
+        return None
+    return float(np.sum(columns["reward"], dtype=np.float64))
+
+
+def _checked_metadata(metadata: Mapping[str, Any], schema: Schema) -> tuple[dict[str, Any], Schema]:
+    stored, added = check_metadata(metadata, schema.metadata)
+    return stored, schema.with_metadata(added) if added else schema
+
+
+def _is_used(name: str, batch: _Batch) -> bool:
+    return any(name in row.metadata for _, row in batch.rows)
+
+
+def _lost(error: Exception, count: int) -> Exception:
+    """The error as the user gets it: with what it means for the data."""
+    if not isinstance(error, TrajstoreError):
+        wrapped = CommitError(f"committing failed: {error!r}")
+        wrapped.__cause__ = error
+        error = wrapped
+    if count:
+        told = f"{error}; {count} trajector{'y' if count == 1 else 'ies'} appended since the last commit are not in the store"
+        error.args = (*error.args[:-1], told)
+    return error
