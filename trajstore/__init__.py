@@ -1,15 +1,14 @@
 """trajstore: a durable, versioned, columnar store of reinforcement-learning trajectories.
 
-    import trajstore
+import trajstore
 
-    with trajstore.open("runs/demo", mode="a") as store:
-        store.append({"obs": obs, "action": action, "reward": reward}, terminated=True, task="pick")
+with trajstore.open("runs/demo", mode="a") as store:
+    store.append({"obs": obs, "action": action, "reward": reward}, terminated=True, task="pick")
 
-    for batch in trajstore.open("runs/demo").trajectories.loader(256, window=16):
-        ...
+for batch in trajstore.open("runs/demo").trajectories.loader(256, window=16):
+    ...
 """
 
-from trajstore import errors as _errors
 from trajstore.errors import (
     ClosedError,
     ColumnNameError,
@@ -44,7 +43,7 @@ from trajstore.errors import (
 )
 from trajstore.feed.loader import Loader
 from trajstore.schema import Column, Schema
-from trajstore.store import Store, open  # noqa: A004 - trajstore.open, as zarr.open and fsspec.open
+from trajstore.store import Store, open
 from trajstore.view import Trajectory, TrajectoryColumn, View
 from trajstore.write.episode import Episode
 from trajstore.write.writer import TrajectoryRef
@@ -65,5 +64,34 @@ __all__ = [
     "Schema",
     "__version__",
     # errors
-    *(name for name in dir(_errors) if name.endswith("Error")),
+    "ClosedError",
+    "ColumnNameError",
+    "ColumnShapeError",
+    "ColumnTypeError",
+    "CommitError",
+    "CommitOutcomeUnknownError",
+    "CorruptionError",
+    "EnvironmentNotFoundError",
+    "ForkedError",
+    "FormatVersionError",
+    "IndexRangeError",
+    "LengthError",
+    "MetadataError",
+    "MissingColumnError",
+    "MissingObjectError",
+    "ReadOnlyError",
+    "SchemaConflictError",
+    "SchemaError",
+    "SelectionError",
+    "StorageError",
+    "StoragePermissionError",
+    "StorageTimeoutError",
+    "StoreExistsError",
+    "StoreNotFoundError",
+    "TrajstoreError",
+    "UnknownColumnError",
+    "UnsupportedStorageError",
+    "UntrustedBaseError",
+    "VersionExpiredError",
+    "VersionNotFoundError",
 ]

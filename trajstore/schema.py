@@ -25,9 +25,23 @@ from trajstore.errors import (
 
 Presence = Literal["required", "optional", "derived"]
 
-NUMERIC_DTYPES = (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex64 complex128"
-).split()
+NUMERIC_DTYPES = [
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+]
 VARIABLE_DTYPES = ("string", "bytes")
 METADATA_TYPES = ("bool", "int64", "float64", "string", "bytes", "timestamp")
 CODEC_NAMES = (
@@ -44,8 +58,30 @@ CODEC_NAMES = (
 
 # What the trajectory table already says of every trajectory, and what batches offer as virtual columns.
 RESERVED_METADATA = frozenset(
-    "uuid id segment start ordinal length episode first_step terminated truncated reward_sum created_at "
-    "is_first is_last step trajectory source is_pad discount index weight version".split()
+    [
+        "uuid",
+        "id",
+        "segment",
+        "start",
+        "ordinal",
+        "length",
+        "episode",
+        "first_step",
+        "terminated",
+        "truncated",
+        "reward_sum",
+        "created_at",
+        "is_first",
+        "is_last",
+        "step",
+        "trajectory",
+        "source",
+        "is_pad",
+        "discount",
+        "index",
+        "weight",
+        "version",
+    ]
 )
 _RESERVED_TOP_LEVEL = frozenset({"zarr.json", "steps.arrow", "states.arrow", "pages.arrow"})
 _ILLEGAL_CHARACTERS = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|#%\[\]]')
@@ -194,6 +230,10 @@ class Schema:
                 f"no column {path!r}; the columns are {', '.join(repr(c.path) for c in self.columns) or 'none yet'}"
             ) from None
 
+    def get(self, path: str) -> Column | None:
+        """The column of this path, or None."""
+        return self._columns_by_path.get(path)
+
     @property
     def _columns_by_path(self) -> dict[str, Column]:
         by_path: dict[str, Column] = self.__dict__["_by_path"]
@@ -281,7 +321,7 @@ def canonical_dtype(dtype: Any, *, path: str) -> str:
         if resolved.kind == "S":
             return "bytes"
         if resolved.name in NUMERIC_DTYPES or _DATETIME.match(resolved.name):
-            return resolved.name
+            return str(resolved.name)
     hint = {
         "object": "object arrays have no fixed type; pass an array of numbers, strings or bytes",
         "longdouble": "extended precision differs between machines; use float64",
@@ -290,7 +330,10 @@ def canonical_dtype(dtype: Any, *, path: str) -> str:
         "complex256": "extended precision differs between machines; use complex128",
         "datetime64": "the unit is missing; use datetime64[us], say",
         "timedelta64": "the unit is missing; use timedelta64[us], say",
-    }.get(resolved.name if resolved is not None else name, "use a NumPy numeric dtype, bfloat16, string or bytes")
+    }.get(
+        resolved.name if resolved is not None else name,
+        "use a NumPy numeric dtype, bfloat16, string or bytes",
+    )
     if resolved is not None and resolved.names:
         hint = "split the record into one column per field"
     raise ColumnTypeError(f"column {path!r}: dtype {name} cannot be stored: {hint}")

@@ -40,7 +40,7 @@ from trajstore.write.writer import TrajectoryRef, WriteOptions, Writer
 Mode = Literal["r", "a", "x"]
 
 
-def open(  # noqa: A001 - trajstore.open, as zarr.open and fsspec.open
+def open(
     url: str | os.PathLike[str],
     mode: Mode = "r",
     *,
@@ -195,9 +195,7 @@ class Store:
         self._head = head
         self._writer: Writer | None = None
         if mode != "r":
-            self._writer = Writer(
-                filesystem, history, head, schema=declared, options=options, workers=self._workers
-            )
+            self._writer = Writer(filesystem, history, head, schema=declared, options=options, workers=self._workers)
             # Flushes what a user forgot to close, at the latest when the interpreter exits.
             self._finalizer = weakref.finalize(self, self._writer.close)
 
@@ -299,7 +297,7 @@ class Store:
             limit: At most so many.
         """
         self._check_open()
-        rows = []
+        rows: list[dict[str, Any]] = []
         number = self._history.latest(self._current().number).number
         while number > 0 and len(rows) < limit:
             try:
@@ -318,7 +316,7 @@ class Store:
                 }
             )
             number -= 1
-        columns = "version created_at operation trajectories steps stored_bytes manifests".split()
+        columns = ["version", "created_at", "operation", "trajectories", "steps", "stored_bytes", "manifests"]
         return pd.DataFrame(rows, columns=columns).set_index("version")
 
     def usage(self) -> StoreUsage:

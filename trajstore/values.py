@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,9 @@ from trajstore.errors import (
 from trajstore.schema import VARIABLE_DTYPES, Column, Schema, canonical_dtype, flatten, physical_dtype
 
 Array = np.ndarray[Any, np.dtype[Any]]
-# Stored bits of one column: (rows, *shape) in the physical dtype, or an Arrow array of `rows` strings or lists.
-Stored = Array | pa.Array
+# Stored bits of one column: an Array (rows, *shape) in the physical dtype, or a pa.Array of `rows` strings or lists.
+# pyarrow has no types, so neither has this.
+Stored: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def check_trajectory(tree: Mapping[str, Any], schema: Schema) -> tuple[CheckedTr
                 f"{', '.join(map(repr, sorted(schema.required)))}"
             )
         columns = {
-            path: check_rows(declared[path], rows_of(path, value, declared[path]))
-            for path, value in flat.items()
+            path: check_rows(declared[path], rows_of(path, value, declared[path])) for path, value in flat.items()
         }
     else:
         rows = {path: rows_of(path, value) for path, value in flat.items()}
@@ -154,9 +154,7 @@ def check_rows(column: Column, rows: Rows) -> Stored:
     """
     if rows.ragged != column.ragged:
         hint = "" if column.ragged else "; declare it with ragged=True to store lists of their own length each step"
-        raise ColumnShapeError(
-            f"column {column.path!r} is {column.describe()}, found {_describe(rows)}{hint}"
-        )
+        raise ColumnShapeError(f"column {column.path!r} is {column.describe()}, found {_describe(rows)}{hint}")
     if rows.dtype != column.dtype:
         rows = _cast_weak(column, rows)
     if rows.shape != column.shape:
@@ -331,8 +329,10 @@ def _rows_of_list(path: str, items: Sequence[Any], column: Column | None) -> Row
         if any(i.shape != first.shape for i in items):
             return _ragged(path, items, column)
         stacked = np.stack(items)
-        return _rows_of_objects(path, stacked, column) if stacked.dtype == object else _rows_of_array(
-            path, stacked, weak=False
+        return (
+            _rows_of_objects(path, stacked, column)
+            if stacked.dtype == object
+            else _rows_of_array(path, stacked, weak=False)
         )
     if isinstance(first, str | bytes):
         dtype = "string" if isinstance(first, str) else "bytes"
@@ -403,13 +403,9 @@ def _ragged_of_tensor(rows: Rows) -> Rows:
 
 def _ragged(path: str, items: Sequence[Any], column: Column | None) -> Rows:
     """Lists of their own length each step: ``items[t]`` is ``[n_t, *shape]``."""
-    flat_items = [i for item in items for i in (item if isinstance(item, list | tuple) else ())]
-    if flat_items and all(isinstance(i, str) for i in flat_items) or (
-        column is not None and column.dtype in VARIABLE_DTYPES
-    ):
-        return _ragged_strings(path, items, "string")
-    if flat_items and all(isinstance(i, bytes) for i in flat_items):
-        return _ragged_strings(path, items, "bytes")
+    texts = _text_dtype(items, column)
+    if texts is not None:
+        return _ragged_strings(path, items, texts)
     parts: list[Rows] = []
     sizes = np.zeros(len(items), np.int64)
     for step, item in enumerate(items):
@@ -426,8 +422,12 @@ def _ragged(path: str, items: Sequence[Any], column: Column | None) -> Rows:
         if column is None:
             raise SchemaError(f"column {path!r}: every list is empty, so its dtype is unknown; declare it in a schema")
         empty = np.empty((0, *column.shape), column.physical_dtype)
-        return Rows(_list_array(pa.array([0] * (len(items) + 1), pa.int64()), empty, column.dtype, column.shape),
-                    column.dtype, column.shape, ragged=True)
+        return Rows(
+            _list_array(pa.array([0] * (len(items) + 1), pa.int64()), empty, column.dtype, column.shape),
+            column.dtype,
+            column.shape,
+            ragged=True,
+        )
     firm = [p for p in parts if not p.weak and len(p)] or [p for p in parts if not p.weak]
     # Weak steps beside each other: ints and floats meet in float64, as in one list of numbers.
     widest = firm[0] if firm else max(parts, key=lambda p: np.dtype(p.dtype).num)
@@ -441,7 +441,9 @@ def _ragged(path: str, items: Sequence[Any], column: Column | None) -> Rows:
         if part.dtype != widest.dtype:
             cast = exact_cast(part.data, part.dtype, widest.dtype) if part.weak else None
             if cast is None:
-                raise ColumnTypeError(f"column {path!r}: lists of {widest.dtype} and of {part.dtype}; give them one dtype")
+                raise ColumnTypeError(
+                    f"column {path!r}: lists of {widest.dtype} and of {part.dtype}; give them one dtype"
+                )
             part = replace(part, data=cast)
         arrays.append(part.data.reshape(len(part), *widest.shape))
     offsets = np.zeros(len(items) + 1, np.int64)
@@ -450,13 +452,20 @@ def _ragged(path: str, items: Sequence[Any], column: Column | None) -> Rows:
     return Rows(data, widest.dtype, widest.shape, ragged=True, weak=not firm)
 
 
+def _text_dtype(items: Sequence[Any], column: Column | None) -> str | None:
+    """``"string"`` or ``"bytes"`` if that is what the lists hold or, where all are empty, what the column holds."""
+    first = next((i for item in items for i in item), None) if all(hasattr(i, "__len__") for i in items) else None
+    if isinstance(first, str | bytes):
+        return "string" if isinstance(first, str) else "bytes"
+    declared = column.dtype if column is not None else ""
+    return declared if first is None and declared in VARIABLE_DTYPES else None
+
+
 def _ragged_strings(path: str, items: Sequence[Any], dtype: str) -> Rows:
-    flat = [i for item in items for i in item]
     offsets = np.zeros(len(items) + 1, np.int64)
     np.cumsum([len(item) for item in items], out=offsets[1:])
-    values = _string_array(path, flat, "bytes" if flat and isinstance(flat[0], bytes) else dtype)
-    data = pa.LargeListArray.from_arrays(pa.array(offsets), values)
-    return Rows(data, "bytes" if flat and isinstance(flat[0], bytes) else dtype, (), ragged=True)
+    values = _string_array(path, [i for item in items for i in item], dtype)
+    return Rows(pa.LargeListArray.from_arrays(pa.array(offsets), values), dtype, (), ragged=True)
 
 
 def _list_array(offsets: pa.Array, values: Array, dtype: str, shape: tuple[int, ...]) -> pa.Array:

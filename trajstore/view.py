@@ -23,9 +23,22 @@ from trajstore.schema import Column, Schema, nest
 from trajstore.values import Array, Stored, to_user
 
 _TABLE_FIELDS = frozenset(
-    "uuid id segment start ordinal length episode first_step terminated truncated reward_sum created_at".split()
+    [
+        "uuid",
+        "id",
+        "segment",
+        "start",
+        "ordinal",
+        "length",
+        "episode",
+        "first_step",
+        "terminated",
+        "truncated",
+        "reward_sum",
+        "created_at",
+    ]
 )
-_LARGE_STEP_BYTES = 1024
+_LARGE_STEP_VALUES = 16
 
 
 class View(Sequence["Trajectory"]):
@@ -118,7 +131,9 @@ class View(Sequence["Trajectory"]):
         if chosen.size == 0 and chosen.dtype != bool:
             chosen = chosen.astype(np.int64)
         if chosen.ndim != 1 or chosen.dtype.kind not in "iub":
-            raise SelectionError(f"positions of dtype {chosen.dtype} and {chosen.ndim} dimensions; expected 1-d integers")
+            raise SelectionError(
+                f"positions of dtype {chosen.dtype} and {chosen.ndim} dimensions; expected 1-d integers"
+            )
         if chosen.dtype == bool:
             if len(chosen) != len(self):
                 raise SelectionError(f"a mask of {len(chosen)} for a view of {len(self)} trajectories")
@@ -263,7 +278,7 @@ class View(Sequence["Trajectory"]):
         return [column for name in names for column in self.schema.select(name)]
 
     def _small_columns(self) -> list[Column]:
-        return [c for c in self.common_columns if not c.ragged and c.row_bytes <= _LARGE_STEP_BYTES]
+        return [c for c in self.common_columns if not c.ragged and np.prod(c.shape) <= _LARGE_STEP_VALUES]
 
     def _runs(self, column: Column) -> tuple[Array, Array, Array]:
         """Rows of all trajectories of the view, neighbours joined: starts, stops and segments, ``(runs,)`` each."""

@@ -65,7 +65,7 @@ class Codec:
     def encode(self, page: np.ndarray[Any, Any]) -> bytes | memoryview:
         """Compress one C-contiguous page. For ``none`` the result is a view of the page itself."""
         if self.compressor == "none":
-            return memoryview(page.reshape(-1).view(np.uint8))
+            return memoryview(page.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         return _implementation(self.name).encode(page.reshape(-1))  # type: ignore[no-any-return]
 
     def decode_into(self, stored: Any, out: np.ndarray[Any, Any]) -> None:

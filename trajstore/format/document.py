@@ -43,7 +43,7 @@ def unseal(data: bytes, *, key: str) -> dict[str, Any]:
         FormatVersionError: A document of a later format than this package knows.
     """
     try:
-        document = json.loads(data)
+        document: dict[str, Any] = json.loads(data)
         found = document.pop("sha256")
         body = canonical(document)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -234,7 +234,8 @@ def decode_manifest(entry: ManifestEntry, data: bytes, columns: Iterable[str] | 
     described = json.loads(file.schema_arrow.metadata[_SEGMENTS_KEY])
     sets = [tuple(names) for names in described["column_sets"]]
     segments = tuple(
-        SegmentEntry(**{**s, "columns": sets[s["columns"]], "layers": tuple(s["layers"])}) for s in described["segments"]
+        SegmentEntry(**{**s, "columns": sets[s["columns"]], "layers": tuple(s["layers"])})
+        for s in described["segments"]
     )
     return Manifest(table.replace_schema_metadata(None), segments)
 

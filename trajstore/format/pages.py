@@ -51,7 +51,13 @@ class PageSource:
 def encode_page_index(sources: Sequence[PageSource]) -> bytes:
     """The bytes of ``pages.arrow``."""
     described = [
-        {"object": s.object, "columns": list(s.columns), "rows": s.rows, "page_rows": s.page_rows, "codec": s.codec}
+        {
+            "object": s.object,
+            "columns": list(s.columns),
+            "rows": s.rows,
+            "page_rows": s.page_rows,
+            "codec": s.codec,
+        }
         for s in sources
     ]
     counts = [len(s.offsets) for s in sources]

@@ -66,9 +66,7 @@ def query(frame: pd.DataFrame, expression: str, variables: dict[str, Any]) -> Ar
         ) from error
 
 
-def step_frame(
-    ids: Sequence[int], lengths: Sequence[int], columns: Sequence[tuple[str, Any]]
-) -> pd.DataFrame:
+def step_frame(ids: Sequence[int], lengths: Sequence[int], columns: Sequence[tuple[str, Any]]) -> pd.DataFrame:
     """One row per step, indexed by (trajectory, step).
 
     Args:

@@ -19,10 +19,11 @@ from trajstore.errors import (
     ColumnTypeError,
     MetadataError,
     MissingColumnError,
+    ReadOnlyError,
     SchemaConflictError,
     TrajstoreError,
 )
-from trajstore.interop.spaces import SpaceColumns
+from trajstore.interop.spaces import SpaceColumns, same_values
 from trajstore.schema import Column, Schema
 from trajstore.values import Array
 
@@ -35,6 +36,11 @@ OnEpisode = Callable[[int, int, float], None]  # (episodes stored so far, length
 
 class Sink(Protocol):
     """Where episodes go: a ``Store`` opened for writing."""
+
+    @property
+    def mode(self) -> str:
+        """``"r"`` for reading only."""
+        ...
 
     @property
     def schema(self) -> Schema:
@@ -63,7 +69,8 @@ class Recording:
         stored: Episodes stored so far.
 
     Raises:
-        SchemaError: A space that cannot be stored as columns, or that are not the store's columns.
+        SchemaError: A space that cannot be stored as columns, or only as others than the store has.
+        ReadOnlyError: The store was opened for reading.
     """
 
     def __init__(
@@ -95,9 +102,7 @@ class Recording:
         """Open the store's episode for an environment whose first step has just happened."""
         given = self._metadata(self._begun) if callable(self._metadata) else self._metadata
         if not isinstance(given, Mapping | None):
-            raise MetadataError(
-                f"metadata is a {type(given).__name__}, expected a mapping of field names to values"
-            )
+            raise MetadataError(f"metadata is a {type(given).__name__}, expected a mapping of field names to values")
         self._begun += 1
         own = {"env_id": self._env_id, "env_index": env_index, "seed": seed}
         known = {name: value for name, value in own.items() if value is not None}
@@ -143,6 +148,8 @@ class Recording:
         return {key: info[key] for key in self.info_columns}
 
     def _check_store(self) -> None:
+        if self.store.mode == "r":
+            raise ReadOnlyError("the store was opened with mode='r'; open it with mode='a' to record into it")
         schema = self.store.schema
         for column in (*self.observations.columns, *self.actions.columns):
             stored = schema[column.path] if len(schema) else None
@@ -190,6 +197,10 @@ class Track:
         self._seed = int(seed) if isinstance(seed, int | np.integer) else None
         self.active = True
 
+    def is_at(self, observation: Any) -> bool:
+        """Whether this (encoded) is the observation that the next action is for."""
+        return same_values(self._observation, observation)
+
     def add(self, action: Any, reward: Any, info: Mapping[str, Any], after: Any) -> None:
         """One step: ``action`` was taken; ``reward``, ``info`` and the observation ``after`` came back."""
         if self._episode is None:
@@ -200,7 +211,7 @@ class Track:
         self._episode.add(**columns)
         self._observation = after
         self._length += 1
-        self._return += float(np.sum(reward))
+        self._return += float(reward.sum())
 
     def end(self, terminated: bool, truncated: bool) -> None:
         """The episode is over; its last observation is the one after its last step."""

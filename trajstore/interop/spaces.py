@@ -28,13 +28,16 @@ _ARRAY_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.Multi
 @dataclass(frozen=True)
 class _Leaf:
     column: Column
+    dtype: np.dtype[Any] | None  # None for text
 
     def encode(self, sample: Any) -> Any:
         if self.column.dtype == "string":
             return _text(sample, self.column)
         if self.column.ragged:
-            return _elements(sample, self.column)
-        return _array(sample, self.column, self.column.shape)
+            if len(sample) == 0:
+                return []  # an array of no elements has no dtype that a column would take
+            return self._array(sample, (len(sample), *self.column.shape))  # each step a length of its own
+        return self._array(sample, self.column.shape)
 
     def encode_batch(self, samples: Any, num_envs: int) -> Any:
         if self.column.is_variable:  # batched as a tuple of one sample per environment
@@ -42,23 +45,37 @@ class _Leaf:
             if len(rows) != num_envs:
                 raise _wrong_shape(self.column, f"{len(rows)} samples", f"{num_envs}, one per environment")
             return [self.encode(row) for row in rows]
-        return _array(samples, self.column, (num_envs, *self.column.shape))
+        return self._array(samples, (num_envs, *self.column.shape))
+
+    def _array(self, sample: Any, shape: tuple[int, ...]) -> Array:
+        """A fresh array of the column's dtype.
+
+        Floats are rounded to the declared precision, as gymnasium's vector environments round them; nothing
+        else may change.
+        """
+        if hasattr(sample, "detach"):  # a torch tensor, perhaps on a GPU
+            sample = sample.detach().cpu()
+        try:
+            array = np.asarray(sample)
+        except ValueError as error:
+            raise _wrong_shape(self.column, f"parts of different shapes ({error})", str(shape)) from None
+        if array.shape != shape:
+            raise _wrong_shape(self.column, f"shape {array.shape}", f"shape {shape}")
+        if array.dtype == self.dtype:
+            return array.copy()
+        return _cast(array, self.column)
 
 
 @dataclass(frozen=True)
 class _Branch:
     path: str
-    children: tuple[
-        tuple[str, str | int, _Leaf | _Branch], ...
-    ]  # (name in the path, key in the sample, subspace)
+    children: tuple[tuple[str, str | int, _Leaf | _Branch], ...]  # (name in the path, key in the sample, subspace)
 
     def encode(self, sample: Any) -> dict[str, Any]:
         return {name: child.encode(self._take(sample, key)) for name, key, child in self.children}
 
     def encode_batch(self, samples: Any, num_envs: int) -> dict[str, Any]:
-        return {
-            name: child.encode_batch(self._take(samples, key), num_envs) for name, key, child in self.children
-        }
+        return {name: child.encode_batch(self._take(samples, key), num_envs) for name, key, child in self.children}
 
     def _take(self, sample: Any, key: str | int) -> Any:
         try:
@@ -121,19 +138,24 @@ def row_of(batch: Any, index: int | np.integer[Any]) -> Any:
     return batch[index]
 
 
+def same_values(left: Any, right: Any) -> bool:
+    """Whether two encoded samples are equal; NaN equals NaN."""
+    if isinstance(left, dict):
+        return all(same_values(value, right[name]) for name, value in left.items())
+    if isinstance(left, np.ndarray | np.generic):
+        return np.array_equal(left, right, equal_nan=left.dtype.kind in "fc")
+    return bool(left == right)
+
+
 def _node(space: spaces.Space[Any], path: str, extra: bool, found: list[Column]) -> _Leaf | _Branch:
     parts: Iterable[tuple[Any, spaces.Space[Any]]]
     if isinstance(space, spaces.Dict | spaces.Tuple):
         parts = list(space.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces))
         if not parts:
-            raise SchemaError(
-                f"{path!r}: the space {space} is empty: there is nothing to store; leave it out"
-            )
+            raise SchemaError(f"{path!r}: the space {space} is empty: there is nothing to store; leave it out")
         children = []
         for key, part in parts:
-            if not isinstance(key, str | int) or (
-                isinstance(space, spaces.Dict) and not isinstance(key, str)
-            ):
+            if not isinstance(key, str | int) or (isinstance(space, spaces.Dict) and not isinstance(key, str)):
                 raise ColumnNameError(f"{path!r}: the key {key!r} of {space} is not a string; rename it")
             children.append((str(key), key, _node(part, f"{path}/{key}", extra, found)))
         return _Branch(path, tuple(children))
@@ -152,7 +174,7 @@ def _node(space: spaces.Space[Any], path: str, extra: bool, found: list[Column])
         )
     column = Column(path=path, dtype=dtype, shape=shape, extra=1 if extra else 0, ragged=ragged)
     found.append(column)
-    return _Leaf(column)
+    return _Leaf(column, None if column.dtype == "string" else column.physical_dtype)
 
 
 def _text(sample: Any, column: Column) -> str:
@@ -163,30 +185,8 @@ def _text(sample: Any, column: Column) -> str:
     return str(sample)
 
 
-def _elements(sample: Any, column: Column) -> Array | list[Any]:
-    """The values of a ``Sequence``, stacked: ``[n, *shape]`` with an ``n`` of its own."""
-    if len(sample) == 0:
-        return []  # an array of no elements has no dtype that a column would take
-    return _array(sample, column, (len(sample), *column.shape))
-
-
-def _array(sample: Any, column: Column, shape: tuple[int, ...]) -> Array:
-    """A fresh array of the column's dtype.
-
-    Floats are rounded to the declared precision, as gymnasium's vector environments round them; nothing else
-    may change.
-    """
-    if hasattr(sample, "detach"):  # a torch tensor, perhaps on a GPU
-        sample = sample.detach().cpu()
-    try:
-        array = np.asarray(sample)
-    except ValueError as error:
-        raise _wrong_shape(column, f"parts of different shapes ({error})", str(shape)) from None
-    if array.shape != shape:
-        raise _wrong_shape(column, f"shape {array.shape}", f"shape {shape}")
+def _cast(array: Array, column: Column) -> Array:
     dtype = column.physical_dtype
-    if array.dtype == dtype:
-        return array.copy()
     try:
         with np.errstate(all="ignore"):
             cast = array.astype(dtype)

@@ -81,9 +81,7 @@ class RecordEnv(gymnasium.Wrapper[ObsType, ActType, ObsType, ActType]):
                 is dropped.
         """
         if not (self._track.active or self._track.resets_next):
-            raise TrajstoreError(
-                "step() outside of an episode: call reset() before the first step and after each end"
-            )
+            raise TrajstoreError("step() outside of an episode: call reset() before the first step and after each end")
         encoded = self._recording.actions.encode(action)
         try:
             result = super().step(action)
@@ -103,6 +101,18 @@ class RecordEnv(gymnasium.Wrapper[ObsType, ActType, ObsType, ActType]):
             self._track.abandon()
         finally:
             super().close()
+
+    def _check_mask_was_heeded(self, mask: Any, batch: Any) -> None:
+        for index in np.flatnonzero(~mask):
+            if self._tracks[index].active and not self._tracks[index].is_at(row_of(batch, index)):
+                self._needs_reset = True
+                for track in self._tracks:
+                    track.discard()
+                raise TrajstoreError(
+                    f"reset(options={{'reset_mask': ...}}) changed the observation of sub-environment {index}, which the "
+                    "mask leaves alone: two episodes would be stored as one; reset all of them, or put a wrapper that "
+                    "alters observations outside of the recorder"
+                )
 
     def _record(
         self,
@@ -175,6 +185,9 @@ class RecordVectorEnv(gymnasium.vector.VectorWrapper):
 
         The mask is a bool array ``[num_envs]``. Episodes under way in them are dropped, or stored with
         ``keep_unfinished``; the others go on.
+
+        Raises:
+            TrajstoreError: The environment does not heed the mask. The episodes under way are dropped.
         """
         # Copied: gymnasium takes the mask out of the options that it is given.
         mask = np.array((options or {}).get("reset_mask", np.ones(self.num_envs)), dtype=bool)
@@ -184,6 +197,7 @@ class RecordVectorEnv(gymnasium.vector.VectorWrapper):
             self._tracks[index].abandon()
         observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
         batch = self._recording.observations.encode_batch(observations, self.num_envs)
+        self._check_mask_was_heeded(mask, batch)
         seeds = seeds_of(self.env, seed)
         for index in np.flatnonzero(mask):
             self._tracks[index].start(row_of(batch, index), seeds[index])

@@ -59,7 +59,9 @@ class SegmentReader:
                 f"{key} in {filesystem.description} is not there, but a manifest names its segment; restore it from a copy"
             )
         if hashlib.sha256(data).hexdigest() != entry.pages_sha256:
-            raise CorruptionError(f"{key} in {filesystem.description} does not match its manifest; restore it from a copy")
+            raise CorruptionError(
+                f"{key} in {filesystem.description} does not match its manifest; restore it from a copy"
+            )
         self.sources: dict[str, PageSource] = {}  # by column
         for source in decode_page_index(data):
             for path in source.columns:
@@ -106,9 +108,7 @@ class SegmentReader:
 
     def _read_pages(self, source: PageSource, pages: Sequence[int]) -> list[Buffer]:
         key = layout.segment_key(self.entry.uuid, source.object)
-        ranges = [
-            ByteRange(key, int(source.offsets[p]), int(source.offsets[p]) + int(source.nbytes[p])) for p in pages
-        ]
+        ranges = [ByteRange(key, int(source.offsets[p]), int(source.offsets[p]) + int(source.nbytes[p])) for p in pages]
         return self._filesystem.read_ranges(ranges)
 
     def _decode_parallel(
@@ -125,7 +125,12 @@ class SegmentReader:
         self._workers.map(lambda run: self._decode_run(source, column, rows, run, out), runs)
 
     def _decode_run(
-        self, source: PageSource, column: Column, rows: RowRange, pages: Sequence[tuple[int, Buffer]], out: Array
+        self,
+        source: PageSource,
+        column: Column,
+        rows: RowRange,
+        pages: Sequence[tuple[int, Buffer]],
+        out: Array,
     ) -> None:
         scratch: Array | None = None
         for page, stored in pages:

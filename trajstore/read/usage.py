@@ -52,9 +52,7 @@ def measure_usage(table: TrajectoryTable, readers: SegmentReaders) -> StoreUsage
         for source in {id(s): s for s in reader.sources.values()}.values():
             columns = [snapshot.schema[path] for path in source.columns]
             name = source.columns[0] if columns[0].stored_in == "zarr" else source.object
-            described = (
-                columns[0].describe() if columns[0].stored_in == "zarr" else ", ".join(c.path for c in columns)
-            )
+            described = columns[0].describe() if columns[0].stored_in == "zarr" else ", ".join(c.path for c in columns)
             entry = usage.objects.setdefault(name, ObjectUsage(source.columns, described, source.codec))
             entry.rows += source.rows
             entry.pages += len(source.offsets)

@@ -57,7 +57,12 @@ def resolve_columns(view: View, names: Sequence[str] | None) -> tuple[list[Colum
 
 
 def gather(
-    view: View, columns: Sequence[Column], virtual: Sequence[str], trajectories: Array, steps: Array, window: int
+    view: View,
+    columns: Sequence[Column],
+    virtual: Sequence[str],
+    trajectories: Array,
+    steps: Array,
+    window: int,
 ) -> dict[str, Any]:
     """A batch of windows.
 
@@ -76,9 +81,7 @@ def gather(
     chosen = [view[int(position)] for position in trajectories]
     batch: dict[str, Any] = {}
     for column in columns:
-        parts = [
-            t.column(column.path)._rows(int(s), int(s) + window) for t, s in zip(chosen, steps, strict=True)
-        ]
+        parts = [t.column(column.path)._rows(int(s), int(s) + window) for t, s in zip(chosen, steps, strict=True)]
         batch[column.path] = _joined(column, parts, window)
     for name in virtual:
         values = [_virtual(name, t, int(s), window) for t, s in zip(chosen, steps, strict=True)]
@@ -108,7 +111,7 @@ def _tensor(column: Column, array: Any) -> torch.Tensor:
     return tensor
 
 
-def _virtual(name: str, trajectory: Trajectory, start: int, window: int) -> Array:
+def _virtual(name: str, trajectory: Trajectory, start: int, window: int) -> Any:
     steps = np.arange(start, start + window)
     last = steps == trajectory.length - 1
     if name == "step":

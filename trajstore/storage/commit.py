@@ -15,7 +15,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from trajstore.errors import CommitError, MissingObjectError, StorageError, TrajstoreError, VersionNotFoundError
+from trajstore.errors import (
+    CommitError,
+    MissingObjectError,
+    StorageError,
+    TrajstoreError,
+    VersionNotFoundError,
+)
 from trajstore.format import layout
 from trajstore.format.manifest import (
     Manifest,
@@ -24,7 +30,15 @@ from trajstore.format.manifest import (
     manifest_entry,
     merge_manifests,
 )
-from trajstore.format.snapshot import EMPTY, NO_PARENT, ManifestEntry, Snapshot, Totals, digest, next_timestamp
+from trajstore.format.snapshot import (
+    EMPTY,
+    NO_PARENT,
+    ManifestEntry,
+    Snapshot,
+    Totals,
+    digest,
+    next_timestamp,
+)
 from trajstore.schema import Schema
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.retry import race_pause_s
@@ -81,7 +95,9 @@ class Append:
             schema=parent.schema.merged_with(self.schema),
             next_id=parent.next_id + added,
             totals=Totals(
-                parent.totals.trajectories + added, parent.totals.steps + steps, parent.totals.nbytes + self.nbytes
+                parent.totals.trajectories + added,
+                parent.totals.steps + steps,
+                parent.totals.nbytes + self.nbytes,
             ),
             manifests=(*manifests, *fresh),
         )
@@ -215,9 +231,7 @@ class History:
             while len(self._manifests) > _CACHED_MANIFESTS:
                 self._manifests.popitem(last=False)
 
-    def read_manifests(
-        self, entries: Sequence[ManifestEntry], columns: Sequence[str] | None = None
-    ) -> list[Manifest]:
+    def read_manifests(self, entries: Sequence[ManifestEntry], columns: Sequence[str] | None = None) -> list[Manifest]:
         """Manifests, read concurrently.
 
         Raises:

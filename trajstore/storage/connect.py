@@ -17,7 +17,10 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 def connect(
-    url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None, single_writer: bool = False
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    single_writer: bool = False,
 ) -> Filesystem:
     """The filesystem of a store.
 

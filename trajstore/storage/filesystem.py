@@ -104,7 +104,7 @@ class Filesystem(ABC):
         """Replace a small object that nothing depends on."""
 
     @abstractmethod
-    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+    def list_objects(self, prefix: str) -> Iterable[ObjectInfo]:
         """All objects under ``prefix/``, or of the whole store for ``""``; nothing if there are none."""
 
     @abstractmethod

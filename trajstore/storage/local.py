@@ -131,7 +131,7 @@ class LocalFilesystem(Filesystem):
                 os.close(descriptor)
             self._rename(temporary, self._path(key))
 
-    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+    def list_objects(self, prefix: str) -> Iterable[ObjectInfo]:
         """All objects under a prefix."""
         top = self._path(prefix) if prefix else self.root
         for folder, _, names in os.walk(top):

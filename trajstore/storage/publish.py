@@ -20,7 +20,14 @@ from trajstore.storage.retry import error_codes, is_transient, retrying
 _memory_lock = threading.Lock()
 # Codes by which S3 servers, Google and Azure say that the key is taken.
 _TAKEN = frozenset(
-    {"PreconditionFailed", "412", "BlobAlreadyExists", "EntityAlreadyExists", "ResourceExistsError", "conditionNotMet"}
+    {
+        "PreconditionFailed",
+        "412",
+        "BlobAlreadyExists",
+        "EntityAlreadyExists",
+        "ResourceExistsError",
+        "conditionNotMet",
+    }
 )
 
 
@@ -43,7 +50,12 @@ def create_function(fs: AbstractFileSystem) -> Callable[[str, bytes], None] | No
 
 
 def create(
-    fs: AbstractFileSystem, path: str, data: bytes, *, single_writer: bool, read_back: Callable[[], bytes | None]
+    fs: AbstractFileSystem,
+    path: str,
+    data: bytes,
+    *,
+    single_writer: bool,
+    read_back: Callable[[], bytes | None],
 ) -> bool:
     """Put ``data`` at ``path`` unless something is there.
 
@@ -83,9 +95,7 @@ def create(
     raise AssertionError("unreachable")  # retrying() ends by raising
 
 
-def _attempt(
-    put: Callable[[str, bytes], None], path: str, data: bytes, read_back: Callable[[], bytes | None]
-) -> bool:
+def _attempt(put: Callable[[str, bytes], None], path: str, data: bytes, read_back: Callable[[], bytes | None]) -> bool:
     try:
         put(path, data)
     except Exception as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,9 @@ class RemoteFilesystem(Filesystem):
         self.description = url
         self._single_writer = single_writer
         self._pid = os.getpid()
+        # s3fs asks for the size of a whole object first, to fetch a large one in parts: one GET is what these objects need.
+        whole_in_one_get = "max_concurrency" in inspect.signature(getattr(fs, "_cat_file", fs.cat_file)).parameters
+        self._cat_options = {"max_concurrency": 1} if whole_in_one_get else {}
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """Whole objects, concurrently; None for one that is not there."""
@@ -115,7 +119,7 @@ class RemoteFilesystem(Filesystem):
         with self.errors(key):
             self.fs.pipe_file(self._path(key), data)
 
-    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+    def list_objects(self, prefix: str) -> Iterable[ObjectInfo]:
         """All objects under a prefix."""
         top = self._path(prefix) if prefix else self.root
         with self.errors(prefix):
@@ -140,7 +144,9 @@ class RemoteFilesystem(Filesystem):
         except PermissionError as error:
             raise StoragePermissionError(f"{where}: access refused ({error}); check the credentials") from error
         except TimeoutError as error:
-            raise StorageTimeoutError(f"{where}: no answer in time ({error}); check the network and try again") from error
+            raise StorageTimeoutError(
+                f"{where}: no answer in time ({error}); check the network and try again"
+            ) from error
         except Exception as error:
             if "NoCredentials" in type(error).__name__ or error_codes(error) & {"401", "403"}:
                 raise StoragePermissionError(f"{where}: access refused ({error}); check the credentials") from error
@@ -164,6 +170,7 @@ class RemoteFilesystem(Filesystem):
                         [requests[i][1] for i in pending],
                         [requests[i][2] for i in pending],
                         on_error="return",
+                        **self._cat_options,
                     )
                     for i, data in zip(pending, got, strict=True):
                         results[i] = data

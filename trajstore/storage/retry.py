@@ -17,14 +17,48 @@ ATTEMPTS = 6
 MAX_WAIT_S = 4.0
 
 _TRANSIENT_CODES = frozenset(
-    "408 409 425 429 500 502 503 504 ConditionalRequestConflict OperationAborted SlowDown Throttling ThrottlingException "
-    "RequestTimeout RequestTimeTooSkewed InternalError ServiceUnavailable TooManyRequests BadDigest IncompleteBody".split()
+    [
+        "408",
+        "409",
+        "425",
+        "429",
+        "500",
+        "502",
+        "503",
+        "504",
+        "ConditionalRequestConflict",
+        "OperationAborted",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "RequestTimeout",
+        "RequestTimeTooSkewed",
+        "InternalError",
+        "ServiceUnavailable",
+        "TooManyRequests",
+        "BadDigest",
+        "IncompleteBody",
+    ]
 )
 _FINAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT})
 _TRANSIENT_NAMES = frozenset(
-    "ClientError EndpointConnectionError ConnectTimeoutError ReadTimeoutError HTTPClientError ConnectionClosedError "
-    "IncompleteRead ResponseStreamingError ServerDisconnectedError ClientPayloadError ClientConnectionError "
-    "ClientOSError ServerTimeoutError FSTimeoutError AioReadTimeoutError".split()
+    [
+        "ClientError",
+        "EndpointConnectionError",
+        "ConnectTimeoutError",
+        "ReadTimeoutError",
+        "HTTPClientError",
+        "ConnectionClosedError",
+        "IncompleteRead",
+        "ResponseStreamingError",
+        "ServerDisconnectedError",
+        "ClientPayloadError",
+        "ClientConnectionError",
+        "ClientOSError",
+        "ServerTimeoutError",
+        "FSTimeoutError",
+        "AioReadTimeoutError",
+    ]
 )
 
 

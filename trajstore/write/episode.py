@@ -14,7 +14,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from trajstore.errors import ClosedError, ColumnShapeError, LengthError, MissingColumnError, UnknownColumnError
+from trajstore.errors import (
+    ClosedError,
+    ColumnShapeError,
+    LengthError,
+    MissingColumnError,
+    UnknownColumnError,
+)
 from trajstore.format.manifest import check_metadata
 from trajstore.schema import Column, Schema, flatten
 from trajstore.values import Array, Rows, Stored, check_rows, rows_of
@@ -125,9 +131,9 @@ class Episode:
             )
         fields = {**self._metadata, **(metadata or {})}
         if self._stream is None:
-            tree = {path: buffer.contents(path) for path, buffer in self._buffers.items()}
+            tree = {path: buffer.contents() for path, buffer in self._buffers.items()}
             for path, value in finals.items():
-                tree[path] = self._buffers[path].contents(path, (*self._one_row(path, value, schema), value))
+                tree[path] = self._buffers[path].contents((*self._one_row(path, value, schema), value))
             ref = self._writer.append(tree, terminated=terminated, truncated=truncated, metadata=fields)
         else:
             ref = self._end_stream(self._stream, finals, schema, terminated, truncated, fields)
@@ -158,25 +164,28 @@ class Episode:
             raise ClosedError(f"this episode is {self._state}; begin another one with store.begin()")
 
     def _check_names(self, flat: Mapping[str, Any], schema: Schema) -> None:
-        known = self._buffers or {column.path: column for column in schema}
-        required = self._buffers or schema.required
+        known = frozenset(self._buffers) or frozenset(column.path for column in schema)
+        required = frozenset(self._buffers) or schema.required
         if not flat:
             raise MissingColumnError("a step needs at least one column")
         if not known:
             return
         for path in flat:
             if path not in known:
-                raise UnknownColumnError(f"column {path!r} is not among {', '.join(map(repr, known))}; leave it out")
+                raise UnknownColumnError(
+                    f"column {path!r} is not among {', '.join(map(repr, sorted(known)))}; leave it out"
+                )
         for path in required:
             if path not in flat:
                 raise MissingColumnError(f"column {path!r} is missing from this step; every step has the same columns")
 
     def _one_row(self, path: str, value: Any, schema: Schema) -> tuple[Column | None, Rows]:
         """One step's value as ``(1, *shape)``, checked; the column is None while its dtype is not certain."""
-        column = schema[path] if path in schema else None
+        column = schema.get(path)
         if column is None and path in self._buffers:
             column = self._buffers[path].column
-        row = rows_of(path, _with_time_axis(value), column)
+        one = [value] if column is not None and column.ragged else _with_time_axis(value)
+        row = rows_of(path, one, column)
         if column is None and not row.weak and isinstance(row.data, np.ndarray) and path not in self._buffers:
             column = Column(path=path, dtype=row.dtype, shape=row.shape)
         if column is not None:
@@ -188,7 +197,7 @@ class Episode:
 
     def _spill(self) -> None:
         """Move what is buffered to a segment of its own."""
-        rows = {path: rows_of(path, buffer.contents(path)) for path, buffer in self._buffers.items()}
+        rows = {path: rows_of(path, buffer.contents()) for path, buffer in self._buffers.items()}
         schema = self._writer.schema
         if not len(schema):
             schema = Schema(tuple(_infer_running(path, r) for path, r in rows.items()), schema.metadata)
@@ -263,7 +272,7 @@ class _ColumnBuffer:
                 f"column {path!r} had shape {list(first.shape)} in the first step, found {list(row.shape)}"
             )
 
-    def contents(self, path: str, final: tuple[Column | None, Rows, Any] | None = None) -> Any:
+    def contents(self, final: tuple[Column | None, Rows, Any] | None = None) -> Any:
         """All rows, and a final one behind: ``Rows``, or a list of plain values."""
         column = self.column
         if column is None:

@@ -285,7 +285,7 @@ class Writer:
     def _wait_for_room(self) -> None:
         limit = self.options.write_buffer_bytes
         self._condition.wait_for(
-            lambda: len(self._queue) < _MAX_QUEUED_BATCHES and self._in_flight_bytes() < limit or self._errors
+            lambda: (len(self._queue) < _MAX_QUEUED_BATCHES and self._in_flight_bytes() < limit) or self._errors
         )
         self._raise_background_errors()
 
@@ -476,7 +476,7 @@ class Writer:
 
 def total_reward(schema: Schema, columns: Mapping[str, Stored]) -> float | None:
     """Sum of the scalar numeric column ``reward`` in float64, or None without one."""
-    column = schema["reward"] if "reward" in schema else None
+    column = schema.get("reward")
     if column is None or "reward" not in columns or column.shape or column.is_variable or column.extra:
         return None
     if column.dtype == "bfloat16" or column.physical_dtype.kind == "c" or column.dtype.startswith(("date", "time")):
@@ -500,6 +500,6 @@ def _lost(error: Exception, count: int) -> Exception:
         wrapped.__cause__ = error
         error = wrapped
     if count:
-        told = f"{error}; {count} trajector{'y' if count == 1 else 'ies'} appended since the last commit are not in the store"
+        told = f"{error}; {count} trajectories appended since the last commit are not in the store"
         error.args = (*error.args[:-1], told)
     return error

@@ -1,0 +1,135 @@
+"""Imports run one way, fsspec stays behind the storage layer, and the public face is what it says."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import trajstore
+
+PACKAGE = Path(trajstore.__file__).parent
+
+# A module may import from its own layer and from those before it.
+LAYERS = [
+    {"errors", "schema", "values"},
+    {"format"},
+    {"storage"},
+    {"read", "write"},
+    {"sample"},
+    {"feed"},
+    {"interop"},
+    {"view"},
+    {"store"},
+    {"report", "gym"},
+    {"demo"},
+    {"cli"},
+]
+
+
+def modules():
+    return sorted(path for path in PACKAGE.rglob("*.py") if "schemas" not in path.parts)
+
+
+def part_of(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_modules(path):
+    """Every module that a file imports at run time."""
+    found = []
+
+    class Visitor(ast.NodeVisitor):
+        def visit_If(self, node):
+            if ast.unparse(node.test) == "TYPE_CHECKING":
+                for inner in node.orelse:
+                    self.visit(inner)
+                return
+            self.generic_visit(node)
+
+        def visit_Import(self, node):
+            found.extend(alias.name for alias in node.names)
+
+        def visit_ImportFrom(self, node):
+            assert node.level == 0, f"{path}: relative import"
+            found.extend(f"{node.module}.{alias.name}" for alias in node.names)
+
+    Visitor().visit(ast.parse(path.read_text()))
+    return found
+
+
+def layer_of(part):
+    for number, layer in enumerate(LAYERS):
+        if part in layer:
+            return number
+    raise AssertionError(f"{part} has no place in the layers: give it one")
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in modules():
+        part = part_of(path)
+        if part == "__init__":
+            continue
+        for name in imported_modules(path):
+            if not name.startswith("trajstore."):
+                continue
+            target = name.split(".")[1]
+            if (PACKAGE / target).exists() or (PACKAGE / f"{target}.py").exists():
+                if layer_of(target) > layer_of(part) or (
+                    layer_of(target) == layer_of(part) and {target, part} == {"read", "write"}
+                ):
+                    wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong
+
+
+def test_only_storage_imports_fsspec():
+    users = {
+        part_of(path)
+        for path in modules()
+        if any(n.split(".")[0] in ("fsspec", "s3fs", "gcsfs") for n in imported_modules(path))
+    }
+    assert users == {"storage"}
+
+
+def test_format_touches_no_file():
+    for path in modules():
+        if part_of(path) == "format" and path.name != "schemas.py":  # which reads files that the package ships
+            assert not {"os", "pathlib", "io", "tempfile", "shutil"} & {n.split(".")[0] for n in imported_modules(path)}
+
+
+def test_public_names_exist_and_are_pinned():
+    for name in trajstore.__all__:
+        assert hasattr(trajstore, name)
+    errors = {n for n in vars(trajstore.errors) if n.endswith("Error") and not n.startswith("_")}
+    assert errors <= set(trajstore.__all__)
+    assert set(trajstore.__all__) - errors == {
+        "open",
+        "Store",
+        "View",
+        "Trajectory",
+        "TrajectoryColumn",
+        "Episode",
+        "TrajectoryRef",
+        "Loader",
+        "Column",
+        "Schema",
+        "__version__",
+    }
+
+
+def test_every_error_is_in_the_tree_that_the_docstring_draws():
+    drawn = trajstore.errors.__doc__
+    for name, value in vars(trajstore.errors).items():
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert issubclass(value, trajstore.TrajstoreError)
+            assert name in drawn
+
+
+def test_importing_starts_no_thread_and_needs_no_extra():
+    code = (
+        "import sys, threading\n"
+        "for name in ('gymnasium', 's3fs', 'matplotlib', 'tensordict'): sys.modules[name] = None\n"
+        "import trajstore\n"
+        "assert threading.active_count() == 1, threading.enumerate()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

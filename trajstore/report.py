@@ -1,0 +1,144 @@
+"""What a person sees of a store in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from trajstore.read.usage import StoreUsage
+from trajstore.store import Store
+from trajstore.view import Trajectory
+
+
+def usage_json(store: Store, usage: StoreUsage) -> dict[str, Any]:
+    """``trajstore info --json``."""
+    return {
+        "url": store.url,
+        "uuid": store.uuid,
+        "version": usage.version,
+        "trajectories": usage.trajectories,
+        "steps": usage.steps,
+        "segments": usage.segments,
+        "manifests": usage.manifests,
+        "manifest_bytes": usage.manifest_bytes,
+        "segment_bytes": usage.segment_bytes,
+        "schema": store.schema.to_json(),
+        "objects": [
+            {
+                "columns": list(entry.columns),
+                "codec": entry.codec,
+                "rows": entry.rows,
+                "pages": entry.pages,
+                "logical_bytes": entry.logical_bytes,
+                "stored_bytes": entry.stored_bytes,
+            }
+            for entry in usage.objects.values()
+        ],
+    }
+
+
+def print_info(console: Console, store: Store, usage: StoreUsage) -> None:
+    """``trajstore info``."""
+    mean = usage.steps / usage.trajectories if usage.trajectories else 0.0
+    console.print(f"[bold]{store.url}[/bold]  version {usage.version}", highlight=False)
+    console.print(
+        f"{usage.trajectories:,} trajectories, {usage.steps:,} steps (mean {mean:,.1f}), "
+        f"{usage.segments:,} segments of {decimal(usage.segment_bytes)}, "
+        f"{usage.manifests} manifests of {decimal(usage.manifest_bytes)}",
+        highlight=False,
+    )
+    if not usage.trajectories:
+        console.print("nothing is committed yet")
+        return
+    print_columns(console, store)
+    print_usage(console, usage)
+
+
+def print_columns(console: Console, store: Store) -> None:
+    """The schema, one row per column, then the metadata fields."""
+    table = Table("column", "per step", "rows", "presence", title="columns", title_justify="left")
+    for column in store.schema:
+        rows = "length + 1" if column.extra else "length"
+        table.add_row(column.path, column.describe(), rows, column.presence)
+    console.print(table)
+    if store.schema.metadata:
+        fields = ", ".join(f"{name} ({kind})" for name, kind in store.schema.metadata.items())
+        console.print(f"metadata: {fields}", highlight=False)
+
+
+def print_usage(console: Console, usage: StoreUsage) -> None:
+    """Where the bytes are, largest first."""
+    table = Table(title="where the bytes are", title_justify="left")
+    for name in ("object", "codec"):
+        table.add_column(name)
+    for name in ("rows", "in memory", "stored", "ratio", "share"):
+        table.add_column(name, justify="right")
+    total = max(sum(entry.stored_bytes for entry in usage.objects.values()), 1)
+    for name, entry in sorted(usage.objects.items(), key=lambda item: -item[1].stored_bytes):
+        logical = entry.logical_bytes
+        label = name if len(entry.columns) == 1 else f"{name} ({', '.join(entry.columns)})"
+        table.add_row(
+            label,
+            entry.codec,
+            f"{entry.rows:,}",
+            "varies" if logical is None else decimal(logical),
+            decimal(entry.stored_bytes),
+            "" if logical is None else f"{logical / max(entry.stored_bytes, 1):.1f}",
+            f"{entry.stored_bytes / total:.0%}",
+        )
+    console.print(table)
+
+
+def print_trajectories(console: Console, frame: pd.DataFrame, *, total: int) -> None:
+    """``trajstore ls``: the trajectory table, without what only programs need."""
+    shown = frame.drop(columns=["uuid"])
+    table = Table("id")
+    for name in shown.columns:
+        numeric = pd.api.types.is_numeric_dtype(shown[name]) and shown[name].dtype != bool
+        table.add_column(str(name), justify="right" if numeric else "left", no_wrap=True)
+    for number, row in zip(shown.index, shown.itertuples(index=False), strict=True):
+        table.add_row(str(number), *(_cell(value) for value in row))
+    console.print(table)
+    if total > len(frame):
+        console.print(f"{len(frame)} of {total:,} trajectories; more with --limit", highlight=False)
+
+
+def print_steps(console: Console, trajectory: Trajectory, frame: pd.DataFrame) -> None:
+    """``trajstore head``: steps of one trajectory."""
+    ending = "terminated" if trajectory.terminated else "truncated" if trajectory.truncated else "neither ended"
+    console.print(
+        f"trajectory {trajectory.id}: {trajectory.length:,} steps, {ending}, return {_cell(trajectory.reward_sum)}, "
+        f"{', '.join(f'{k}={v}' for k, v in trajectory.metadata.items()) or 'no metadata'}",
+        highlight=False,
+    )
+    table = Table("step")
+    for name in frame.columns:
+        table.add_column(str(name), justify="right")
+    for (_, step), row in zip(frame.index, frame.itertuples(index=False), strict=True):
+        table.add_row(str(step), *(_cell(value) for value in row))
+    console.print(table)
+    left_out = [name for name in trajectory.columns if not any(_shows(shown, name) for shown in frame.columns)]
+    if left_out:
+        described = [f"{name} ({trajectory.column(name).column.describe()})" for name in left_out]
+        console.print(f"not shown: {', '.join(described)}", highlight=False)
+
+
+def _shows(frame_column: str, path: str) -> bool:
+    return frame_column == path or frame_column.startswith(f"{path}[")
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or value is pd.NaT:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, pd.Timestamp):
+        return value.strftime("%Y-%m-%d %H:%M:%S")
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
