@@ -105,7 +105,7 @@ def run_demo(
     for store_url in stores:
         _show_bytes(store_url, console)
     console.print("\nLook further:", style="bold")
-    for command in ("info", "ls", "head", "verify"):
+    for command in ("info", "ls", "head"):
         console.print(f"  trajstore {command} {cartpole}", highlight=False, soft_wrap=True)
     return result
 

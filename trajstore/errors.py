@@ -29,6 +29,7 @@
     ├── ReadOnlyError (PermissionError)
     ├── ClosedError (ValueError)
     ├── ForkedError (RuntimeError)            a handle used in a forked child
+    ├── RecordingError (RuntimeError)         an environment that does not do what its recorder must rely on
     └── EnvironmentNotFoundError (LookupError)  a recorder was asked for an environment that is not registered
 
 Each message says what was found, what was expected and what to do next.
@@ -155,6 +156,10 @@ class ClosedError(TrajstoreError, ValueError):
 
 class ForkedError(TrajstoreError, RuntimeError):
     """A handle that was opened in the parent was used in a forked child."""
+
+
+class RecordingError(TrajstoreError, RuntimeError):
+    """An environment was used, or behaves, in a way that its recorder cannot turn into episodes."""
 
 
 class EnvironmentNotFoundError(TrajstoreError, LookupError):

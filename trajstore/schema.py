@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -308,20 +309,29 @@ def canonical_dtype(dtype: Any, *, path: str) -> str:
     Raises:
         ColumnTypeError: It cannot be stored.
     """
+    name, hint = _canonical_name(dtype)
+    if hint:
+        raise ColumnTypeError(f"column {path!r}: dtype {name} cannot be stored: {hint}")
+    return name
+
+
+@lru_cache(maxsize=256)
+def _canonical_name(dtype: Any) -> tuple[str, str | None]:
+    """The name of a dtype, and if it cannot be stored, what to do instead."""
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     if name in NUMERIC_DTYPES or name in VARIABLE_DTYPES or _DATETIME.match(name):
-        return name
+        return name, None
     try:
         resolved = np.dtype(dtype)
     except TypeError:
         resolved = None
     if resolved is not None:
         if resolved.kind == "U":
-            return "string"
+            return "string", None
         if resolved.kind == "S":
-            return "bytes"
+            return "bytes", None
         if resolved.name in NUMERIC_DTYPES or _DATETIME.match(resolved.name):
-            return str(resolved.name)
+            return str(resolved.name), None
     hint = {
         "object": "object arrays have no fixed type; pass an array of numbers, strings or bytes",
         "longdouble": "extended precision differs between machines; use float64",
@@ -336,7 +346,7 @@ def canonical_dtype(dtype: Any, *, path: str) -> str:
     )
     if resolved is not None and resolved.names:
         hint = "split the record into one column per field"
-    raise ColumnTypeError(f"column {path!r}: dtype {name} cannot be stored: {hint}")
+    return name, hint
 
 
 def physical_dtype(dtype: str) -> np.dtype[Any]:

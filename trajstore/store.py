@@ -1,4 +1,4 @@
-"""``Store``: what users hold. It ties the history, the writer and the reader of one store together, and stores nothing itself.
+"""``Store``: what users hold. It ties the history, the writer and the reader of one store together.
 
 Invariant: a handle shows one version at a time; it moves on with its own commits and with ``refresh``.
 """
@@ -58,7 +58,7 @@ def open(
 
     Args:
         url: A local path, ``memory://name``, ``s3://bucket/path``, or any other URL that fsspec knows.
-        mode: ``"r"`` to read; ``"a"`` to append, made if there is none; ``"x"`` to append to a new one, which must not exist.
+        mode: ``"r"`` to read; ``"a"`` to append, made if there is none; ``"x"`` to append to a new one.
         schema: Columns, if they are not to be inferred from the first trajectory. On a store that has a schema, optional
             columns are added to it; anything else must agree.
         version: Show this version instead of the latest; for reading.
@@ -79,7 +79,7 @@ def open(
     Examples:
         >>> import numpy as np, trajstore
         >>> with trajstore.open("memory://docs/open", mode="a") as store:
-        ...     ref = store.append({"obs": np.zeros((4, 2), np.float32), "action": np.arange(3)}, terminated=True, task="pick")
+        ...     ref = store.append({"obs": np.zeros((4, 2)), "action": np.arange(3)}, terminated=True, task="pick")
         ...     store.flush()
         ...     store.trajectories[0].metadata, store.version
         ({'task': 'pick'}, 1)

@@ -292,6 +292,15 @@ class View(Sequence["Trajectory"]):
         last = np.append(first[1:], len(rows)) - 1 if len(rows) else first
         return starts[first], stops[last], segments[first]
 
+    def read_window(self, position: int, column: Column, start: int, stop: int) -> Stored:
+        """Stored rows ``[start, stop)`` of a column of the trajectory at ``position``."""
+        return self._read_rows(int(self._rows[position]), column, start, stop)
+
+    def _read_rows(self, row: int, column: Column, start: int, stop: int) -> Stored:
+        table = self._table
+        first = int(table.start[row]) + (int(table.ordinal[row]) if column.extra else 0)
+        return self._read(int(table.segment[row]), column.path, RowRange(first + start, first + stop))
+
     def _read(self, segment: int, path: str, rows: RowRange, out: Array | None = None) -> Stored:
         return self._readers.open(self._table.segments[segment], self.schema).read(path, rows, out)
 
@@ -424,7 +433,7 @@ class TrajectoryColumn:
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1:
-                return to_user(self.column, self._rows(start, max(stop, start)))
+                return to_user(self.column, self._view._read_rows(self._row, self.column, start, max(stop, start)))
             wanted = range(start, stop, step)
             if not len(wanted):
                 return self[0:0]
@@ -442,12 +451,6 @@ class TrajectoryColumn:
         if copy is False:
             raise ValueError("a column is read from the store: it cannot be had without a copy")
         return np.asarray(self[:], dtype)
-
-    def _rows(self, start: int, stop: int) -> Stored:
-        table = self._view._table
-        first = int(table.start[self._row]) + (int(table.ordinal[self._row]) if self.column.extra else 0)
-        segment = int(table.segment[self._row])
-        return self._view._read(segment, self.column.path, RowRange(first + start, first + stop))
 
 
 def _count(n: int) -> int:

@@ -10,7 +10,7 @@ import datetime as dt
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from trajstore.format.snapshot import ManifestEntry
 
 _SEGMENTS_KEY = b"trajstore.segments"
 _ROWS_PER_GROUP = 1 << 18
+_SMALL_ROWS = 1024
+_DISTINCT = ("uuid", "episode", "start", "reward_sum", "created_at")  # a dictionary of these would repeat them
 
 # Table columns, in this order, before the user's metadata fields.
 TABLE_FIELDS = (
@@ -178,12 +180,15 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of the Parquet file, with page checksums and the segment table in its key-value metadata."""
     segments = json.dumps(_segment_table(manifest.segments), separators=(",", ":")).encode()
     table = manifest.table.replace_schema_metadata({_SEGMENTS_KEY: segments})
+    small = table.num_rows < _SMALL_ROWS
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
         sink,
-        compression="zstd",
-        use_dictionary=[f.name for f in table.schema if f.name not in ("uuid", "episode", "start", "reward_sum")],
+        # A compressor per column takes longer to set up than a small manifest takes to write.
+        compression="none" if small else "zstd",
+        use_dictionary=[] if small else [f.name for f in table.schema if f.name not in _DISTINCT],
+        write_statistics=not small,
         write_page_checksum=True,
         row_group_size=_ROWS_PER_GROUP,
         store_schema=True,
@@ -243,7 +248,7 @@ def decode_manifest(entry: ManifestEntry, data: bytes, columns: Iterable[str] | 
 def _segment_table(segments: Sequence[SegmentEntry]) -> dict[str, Any]:
     """Segments share a few sets of columns: each set is written once."""
     sets: dict[tuple[str, ...], int] = {}
-    rows = [{**asdict(s), "columns": sets.setdefault(s.columns, len(sets))} for s in segments]
+    rows = [{**vars(s), "columns": sets.setdefault(s.columns, len(sets))} for s in segments]
     return {"column_sets": [list(names) for names in sets], "segments": rows}
 
 

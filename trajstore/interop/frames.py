@@ -72,7 +72,8 @@ def step_frame(ids: Sequence[int], lengths: Sequence[int], columns: Sequence[tup
     Args:
         ids: Of the trajectories.
         lengths: Steps taken of each.
-        columns: Name and values ``(steps, *shape)``. Vectors become one column per entry, anything larger one array per cell.
+        columns: Name and values ``(steps, *shape)``. Vectors become one column per entry,
+            anything larger one array per cell.
     """
     index = pd.MultiIndex.from_arrays(
         [

@@ -78,13 +78,13 @@ def gather(
         Path -> tensor ``[batch, window, *shape]``; an object array ``[batch, window]`` for strings and bytes; a pair
         ``(values [n, *shape], offsets [batch * window + 1])`` for ragged columns. Datetimes are int64 in their unit.
     """
-    chosen = [view[int(position)] for position in trajectories]
+    anchors = list(zip(trajectories.tolist(), steps.tolist(), strict=True))
     batch: dict[str, Any] = {}
     for column in columns:
-        parts = [t.column(column.path)._rows(int(s), int(s) + window) for t, s in zip(chosen, steps, strict=True)]
+        parts = [view.read_window(position, column, step, step + window) for position, step in anchors]
         batch[column.path] = _joined(column, parts, window)
     for name in virtual:
-        values = [_virtual(name, t, int(s), window) for t, s in zip(chosen, steps, strict=True)]
+        values = [_virtual(name, view[position], step, window) for position, step in anchors]
         array = np.stack(values)
         batch[name] = torch.from_numpy(array) if array.dtype != object else array
     return batch

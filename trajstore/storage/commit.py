@@ -143,6 +143,7 @@ class History:
         self._race_pause_base_s = race_pause_base_s
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
         self._hinted_at = float("-inf")
+        self._hinted = 0  # the last version written to the hint
         self.races_lost = 0
 
     def parse_hint(self, data: bytes | None) -> int:
@@ -270,11 +271,14 @@ class History:
         self._hinted_at = time.monotonic()
         try:
             self._filesystem.overwrite(layout.LATEST_HINT, str(version).encode())
+            self._hinted = version
         except StorageError as error:
             _log.warning("the hint %s was not written: %s", layout.LATEST_HINT, error)
 
     def write_hint(self, version: int) -> None:
         """Write the hint now: what ``close`` does, so that the next opening is one step."""
+        if version == self._hinted:
+            return
         self._hinted_at = float("-inf")
         self._hint(version)
 

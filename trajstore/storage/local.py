@@ -54,6 +54,7 @@ class LocalFilesystem(Filesystem):
         self._workers = Workers(threads, name="trajstore-disk")
         self._known_directories: set[str] = set()
         self._synced_in_root: set[str] = set()
+        self._ancestors_synced = False
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """Whole objects; None for one that is not there."""
@@ -101,15 +102,14 @@ class LocalFilesystem(Filesystem):
                 self._write(descriptor, [data], temporary)
                 self._fsync_file(descriptor, temporary)
             except OSError:
-                self._unlink(temporary)
+                self._remove_temporary(temporary)
                 raise
             finally:
                 os.close(descriptor)
             try:
                 won = self._publish(temporary, target)
             finally:
-                with contextlib.suppress(FileNotFoundError):  # a rename has moved it
-                    self._unlink(temporary)
+                self._remove_temporary(temporary)
             if won:
                 try:
                     self._sync_directories([os.path.dirname(key)])
@@ -218,8 +218,16 @@ class LocalFilesystem(Filesystem):
             # Names in the root never change after the store's own folders are made: once per handle is enough.
             if not parts or parts[0] not in self._synced_in_root:
                 wanted.add("")
+        if "" in wanted and not self._ancestors_synced:
+            self._workers.map(self._sync_ancestor, _ancestors(self.root))
+            self._ancestors_synced = True
         self._workers.map(self._sync_directory, sorted(wanted))
         self._synced_in_root.update(folder.split("/")[0] for folder in folders)
+
+    def _remove_temporary(self, path: str) -> None:
+        # A rename may have moved it; and a leftover must not turn a commit that landed into one that failed.
+        with contextlib.suppress(OSError):
+            self._unlink(path)
 
     def _publish(self, temporary: str, target: str) -> bool:
         try:
@@ -257,6 +265,11 @@ class LocalFilesystem(Filesystem):
     def _sync_directory(self, folder: str) -> None:
         with self.errors(folder):
             self._fsync_directory(self._path(folder) if folder else self.root)
+
+    def _sync_ancestor(self, path: str) -> None:
+        # Whoever made the folders above may have been killed before they were synced. Those of other users exist already.
+        with self.errors(path), contextlib.suppress(PermissionError):
+            self._fsync_directory(path)
 
     # One method per system call that changes the disk: a test records them and cuts the power after each.
 
@@ -303,6 +316,15 @@ class LocalFilesystem(Filesystem):
 
     def _unlink(self, path: str) -> None:
         os.unlink(path)
+
+
+def _ancestors(path: str) -> list[str]:
+    """The folders above a path, up to where its disk is mounted."""
+    found = []
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+        found.append(path)
+    return found
 
 
 class _LocalStream(ObjectStream):

@@ -180,7 +180,7 @@ class RemoteFilesystem(Filesystem):
                         if isinstance(results[i], BaseException) and not isinstance(results[i], FileNotFoundError)
                     ]
                     if pending:
-                        raise results[pending[0]]
+                        raise results[pending[0]]  # noqa: TRY301 - how an attempt is told that it failed
         except Exception as error:  # noqa: BLE001 - every caller raises what stands in its request's place
             for i in pending:
                 results[i] = results[i] if isinstance(results[i], BaseException) else error

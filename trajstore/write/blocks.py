@@ -1,6 +1,6 @@
 """Reused blocks of memory into which appended rows are copied.
 
-Invariant: a block is handed out touched or about to be touched once; it returns to the pool as soon as its pages are encoded.
+Invariant: a block belongs to one user at a time, and returns to the pool as soon as its pages are encoded.
 Copying into fresh memory costs five to eight times a copy into touched memory, from page faults.
 """
 

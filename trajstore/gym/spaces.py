@@ -105,7 +105,7 @@ class SpaceColumns:
         >>> from gymnasium.spaces import Box, Dict, Discrete
         >>> import numpy as np
         >>> columns = SpaceColumns(Dict(image=Box(0, 255, (8, 8), np.uint8), goal=Discrete(3)), "obs")
-        >>> [(column.path, column.describe()) for column in columns.columns]
+        >>> sorted((column.path, column.describe()) for column in columns.columns)
         [('obs/goal', 'int64'), ('obs/image', 'uint8[8, 8]')]
     """
 

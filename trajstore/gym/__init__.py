@@ -28,9 +28,9 @@ from gymnasium.core import ActType, ObsType
 from gymnasium.vector import AutoresetMode
 
 from trajstore.errors import EnvironmentNotFoundError
-from trajstore.interop.recording import Metadata, OnEpisode
-from trajstore.interop.spaces import SpaceColumns
-from trajstore.interop.wrappers import RecordEnv, RecordVectorEnv
+from trajstore.gym.recording import Metadata, OnEpisode
+from trajstore.gym.spaces import SpaceColumns
+from trajstore.gym.wrappers import RecordEnv, RecordVectorEnv
 from trajstore.schema import Column, Schema
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def RecordTrajectories(  # noqa: N802 - wraps like a gymnasium wrapper, and is n
     Raises:
         SchemaError: A space that cannot be stored as columns, or only as others than the store has.
         ReadOnlyError: The store was opened for reading.
-        TrajstoreError: A vector environment that does not say how it resets.
+        RecordingError: A vector environment that does not say how it resets.
         TypeError: ``env`` is neither.
     """
     options: dict[str, Any] = {

@@ -20,10 +20,10 @@ from trajstore.errors import (
     MetadataError,
     MissingColumnError,
     ReadOnlyError,
+    RecordingError,
     SchemaConflictError,
-    TrajstoreError,
 )
-from trajstore.interop.spaces import SpaceColumns, same_values
+from trajstore.gym.spaces import SpaceColumns, same_values
 from trajstore.schema import Column, Schema
 from trajstore.values import Array
 
@@ -248,7 +248,7 @@ def autoreset_mode(env: gymnasium.vector.VectorEnv[Any, Any, Any]) -> AutoresetM
     """How a vector environment resets its sub-environments.
 
     Raises:
-        TrajstoreError: It does not say, or says something unknown.
+        RecordingError: It does not say, or says something unknown.
     """
     # The attribute first: some environments share one class-level metadata dict between instances of
     # different modes.
@@ -256,7 +256,7 @@ def autoreset_mode(env: gymnasium.vector.VectorEnv[Any, Any, Any]) -> AutoresetM
     try:
         return AutoresetMode(found)
     except ValueError:
-        raise TrajstoreError(
+        raise RecordingError(
             f"{env} has metadata['autoreset_mode']={found!r}, expected one of "
             f"{', '.join(map(str, AutoresetMode))}: where an episode ends and the next begins depends on it; "
             "set env.metadata['autoreset_mode']"

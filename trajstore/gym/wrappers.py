@@ -16,8 +16,8 @@ import numpy as np
 from gymnasium.core import ActType, ObsType
 from gymnasium.vector import AutoresetMode
 
-from trajstore.errors import TrajstoreError
-from trajstore.interop.recording import (
+from trajstore.errors import RecordingError
+from trajstore.gym.recording import (
     Metadata,
     OnEpisode,
     Recording,
@@ -28,7 +28,7 @@ from trajstore.interop.recording import (
     info_row,
     seeds_of,
 )
-from trajstore.interop.spaces import row_of
+from trajstore.gym.spaces import row_of
 
 
 class RecordEnv(gymnasium.Wrapper[ObsType, ActType, ObsType, ActType]):
@@ -76,12 +76,12 @@ class RecordEnv(gymnasium.Wrapper[ObsType, ActType, ObsType, ActType]):
         """Step the environment and record the step.
 
         Raises:
-            TrajstoreError: The episode is over, or none has begun: call ``reset``.
+            RecordingError: The episode is over, or none has begun: call ``reset``.
             SchemaError: Something the environment took or gave does not fit its declared spaces. The episode
                 is dropped.
         """
         if not (self._track.active or self._track.resets_next):
-            raise TrajstoreError("step() outside of an episode: call reset() before the first step and after each end")
+            raise RecordingError("step() outside of an episode: call reset() before the first step and after each end")
         encoded = self._recording.actions.encode(action)
         try:
             result = super().step(action)
@@ -101,18 +101,6 @@ class RecordEnv(gymnasium.Wrapper[ObsType, ActType, ObsType, ActType]):
             self._track.abandon()
         finally:
             super().close()
-
-    def _check_mask_was_heeded(self, mask: Any, batch: Any) -> None:
-        for index in np.flatnonzero(~mask):
-            if self._tracks[index].active and not self._tracks[index].is_at(row_of(batch, index)):
-                self._needs_reset = True
-                for track in self._tracks:
-                    track.discard()
-                raise TrajstoreError(
-                    f"reset(options={{'reset_mask': ...}}) changed the observation of sub-environment {index}, which the "
-                    "mask leaves alone: two episodes would be stored as one; reset all of them, or put a wrapper that "
-                    "alters observations outside of the recorder"
-                )
 
     def _record(
         self,
@@ -187,7 +175,7 @@ class RecordVectorEnv(gymnasium.vector.VectorWrapper):
         ``keep_unfinished``; the others go on.
 
         Raises:
-            TrajstoreError: The environment does not heed the mask. The episodes under way are dropped.
+            RecordingError: The environment does not heed the mask. The episodes under way are dropped.
         """
         # Copied: gymnasium takes the mask out of the options that it is given.
         mask = np.array((options or {}).get("reset_mask", np.ones(self.num_envs)), dtype=bool)
@@ -208,12 +196,12 @@ class RecordVectorEnv(gymnasium.vector.VectorWrapper):
         """Step all sub-environments and record the step of each that is in an episode.
 
         Raises:
-            TrajstoreError: No ``reset`` came first, or the environment does not keep to its autoreset mode.
+            RecordingError: No ``reset`` came first, or the environment does not keep to its autoreset mode.
             SchemaError: Something it took or gave does not fit its declared spaces. The episodes under way
                 are dropped.
         """
         if self._needs_reset:
-            raise TrajstoreError(
+            raise RecordingError(
                 "step() outside of an episode: call reset() first, and again after an exception in step()"
             )
         encoded = self._recording.actions.encode_batch(actions, self.num_envs)
@@ -244,6 +232,18 @@ class RecordVectorEnv(gymnasium.vector.VectorWrapper):
                 track.abandon()
         finally:
             self.env.close(**kwargs)
+
+    def _check_mask_was_heeded(self, mask: Any, batch: Any) -> None:
+        for index in np.flatnonzero(~mask):
+            if self._tracks[index].active and not self._tracks[index].is_at(row_of(batch, index)):
+                self._needs_reset = True
+                for track in self._tracks:
+                    track.discard()
+                raise RecordingError(
+                    f"reset(options={{'reset_mask': ...}}) changed the observation of sub-environment {index}, which the "
+                    "mask leaves alone: two episodes would be stored as one; reset all of them, or put a wrapper that "
+                    "alters observations outside of the recorder"
+                )
 
     def _record(
         self,
@@ -286,7 +286,7 @@ class RecordVectorEnv(gymnasium.vector.VectorWrapper):
         # gymnasium gives an object array of single observations; other environments a batch like any other.
         single = isinstance(final, np.ndarray) and final.dtype == object
         if final is None or (present is not None and not present[index]) or (single and final[index] is None):
-            raise TrajstoreError(
+            raise RecordingError(
                 f"sub-environment {index} ended in autoreset mode SAME_STEP without its final observation in "
                 "infos['final_obs']; return it there, or use autoreset mode NEXT_STEP"
             )

@@ -1,0 +1,1 @@
+"""Nothing acknowledged is lost: kills, power cuts, races, failing storages."""
