@@ -27,18 +27,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 import trajstore
+from trajstore import report
 from trajstore.values import Array
 
 if TYPE_CHECKING:
     import gymnasium
-    import pandas as pd
 
     from trajstore.view import View
 
 CARTPOLE = "CartPole-v1"
 WINDOW = 8  # observations that the policy sees
 BATCH_SIZE = 512
-_COLUMNS_SHOWN = ("id", "length", "terminated", "truncated", "reward_sum", "noise", "seed")
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 Act = Callable[[Array], Array]  # the last observations [n, WINDOW, 4] -> actions [n]
@@ -90,7 +89,8 @@ def run_demo(
     with trajstore.open(cartpole) as store:
         view = store.trajectories
         frame = view.to_pandas()
-        _show_trajectories(frame, f"{cartpole}, version {store.version}", console)
+        console.print(f"{cartpole}, version {store.version}:", soft_wrap=True, highlight=False)
+        report.print_trajectories(console, frame.head(8).drop(columns=["created_at", "env_id"]), total=len(frame))
         better = view.filter(f"reward_sum >= {float(frame['reward_sum'].median())!r}")
         policy, losses = _train(better, seconds, seed, console)
     rng, unseen = np.random.default_rng(seed), seed + 1_000_000
@@ -103,7 +103,8 @@ def run_demo(
     )
     _show_returns(result, console)
     for store_url in stores:
-        _show_bytes(store_url, console)
+        with trajstore.open(store_url) as store:
+            report.print_usage(console, store.usage(), title=f"where the bytes of {store_url} are")
     console.print("\nLook further:", style="bold")
     for command in ("info", "ls", "head"):
         console.print(f"  trajstore {command} {cartpole}", highlight=False, soft_wrap=True)
@@ -179,18 +180,8 @@ def _record(
     )
 
 
-def _show_trajectories(frame: pd.DataFrame, title: str, console: Console) -> None:
-    shown = [name for name in _COLUMNS_SHOWN if name in frame.reset_index().columns]
-    table = Table(title=f"{len(frame)} trajectories of {title}", title_justify="left")
-    for name in shown:
-        table.add_column(name, justify="right")
-    for row in frame.reset_index()[shown].head(8).itertuples(index=False):
-        table.add_row(*(f"{value:g}" if isinstance(value, float) else str(value) for value in row))
-    console.print(table)
-
-
 def _show_sampling(url: str, seed: int, console: Console) -> None:
-    """How fast random windows come, after the first batch has filled the cache."""
+    """How fast random windows come."""
     batches, nbytes = 50, 0
     with (
         trajstore.open(url) as store,
@@ -329,17 +320,4 @@ def _show_returns(result: DemoResult, console: Console) -> None:
     table.add_row("random actions", f"{result.random_return:.0f}")
     table.add_row("the recorded episodes", f"{result.recorded_return:.0f}")
     table.add_row("the policy trained on the better half of them", f"{result.trained_return:.0f}")
-    console.print(table)
-
-
-def _show_bytes(url: str, console: Console) -> None:
-    with trajstore.open(url) as store:
-        usage = store.usage()
-    table = Table(title=f"where the bytes of {url} are", title_justify="left")
-    for name in ("object", "holds", "stored", "in memory", "codec"):
-        table.add_column(name, justify="right" if name in ("stored", "in memory") else "left", overflow="fold")
-    for name, entry in sorted(usage.objects.items(), key=lambda item: -item[1].stored_bytes):
-        in_memory = "" if entry.logical_bytes is None else f"{entry.logical_bytes:,}"
-        table.add_row(name, entry.description, f"{entry.stored_bytes:,}", in_memory, entry.codec)
-    table.add_row("manifests", "the trajectory table", f"{usage.manifest_bytes:,}", "", "")
     console.print(table)

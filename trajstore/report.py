@@ -70,9 +70,9 @@ def print_columns(console: Console, store: Store) -> None:
         console.print(f"metadata: {fields}", highlight=False)
 
 
-def print_usage(console: Console, usage: StoreUsage) -> None:
+def print_usage(console: Console, usage: StoreUsage, *, title: str = "where the bytes are") -> None:
     """Where the bytes are, largest first."""
-    table = Table(title="where the bytes are", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name in ("object", "codec"):
         table.add_column(name)
     for name in ("rows", "in memory", "stored", "ratio", "share"):
@@ -104,7 +104,7 @@ def print_trajectories(console: Console, frame: pd.DataFrame, *, total: int) -> 
         table.add_row(str(number), *(_cell(value) for value in row))
     console.print(table)
     if total > len(frame):
-        console.print(f"{len(frame)} of {total:,} trajectories; more with --limit", highlight=False)
+        console.print(f"{len(frame)} of {total:,} trajectories", highlight=False)
 
 
 def print_steps(console: Console, trajectory: Trajectory, frame: pd.DataFrame) -> None:

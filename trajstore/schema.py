@@ -288,6 +288,15 @@ class Schema:
             return self
         return Schema(columns, metadata)
 
+    def extended_by(self, declared: Schema) -> Schema:
+        """This schema with columns that a caller declares; an empty one takes them all.
+
+        Raises:
+            SchemaConflictError: A column differs, or a new one is required, which stored trajectories cannot satisfy.
+        """
+        missing = tuple(c for c in self.columns if c.path not in declared)
+        return self.merged_with(Schema(missing + declared.columns, declared.metadata))
+
     def with_metadata(self, fields: Mapping[str, str]) -> Schema:
         """This schema with metadata fields added; no columns change."""
         return replace(self, metadata={**self.metadata, **fields})

@@ -512,7 +512,7 @@ def ragged_values(column: Column, stored: pa.Array) -> Any:
     array = flat.to_numpy(zero_copy_only=False)
     if column.dtype.startswith("complex"):
         array = array.view(column.dtype)
-    return from_physical(column.dtype, array.reshape(count, *column.shape))
+    return from_physical(column.dtype, np.array(array).reshape(count, *column.shape))  # a copy: Arrow's is read-only
 
 
 def from_physical(dtype: str, array: Array) -> Any:

@@ -146,8 +146,8 @@ class View(Sequence["Trajectory"]):
         """The trajectories for which an expression over the trajectory table holds.
 
         Args:
-            expression: As ``pandas.DataFrame.query`` takes it: ``"length > 100 and task == 'pick'"``. Trajectories for
-                which a field is missing do not match.
+            expression: As ``pandas.DataFrame.query`` takes it: ``"length > 100 and task == 'pick'"``. Missing values
+                are treated as pandas does: they match ``!=`` for texts and floats, and no other comparison.
             **variables: Values that the expression names with ``@``: ``filter("task in @tasks", tasks=["pick"])``.
 
         Raises:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.power import Disk, Entry, PowerCut, Rebuilt, RecordingFilesystem
 from tests.support.rollouts import Acknowledged, acknowledge, append_rollout, check_store, stream_rollout
-from trajstore.errors import StoreNotFoundError
+from trajstore.errors import CommitError, StoreNotFoundError
 from trajstore.storage import commit
 from trajstore.storage.local import LocalFilesystem
 from trajstore.store import Store, open_on
@@ -175,7 +175,7 @@ def test_killed_at_any_call_and_then_a_power_cut(tmp_path: Path) -> None:
         killed = False
         try:
             _append_and_acknowledge(RecordingFilesystem(root, log, stop_before=stop), 1, owed)
-        except PowerCut:
+        except (PowerCut, CommitError):  # in this thread, or in the one that commits
             killed = True
         _append_and_acknowledge(RecordingFilesystem(root, log), 2, owed)
         disk, rebuilt = Disk(str(top)), Rebuilt(str(tmp_path / f"left-{stop}"))
@@ -192,9 +192,11 @@ def _append_and_acknowledge(filesystem: RecordingFilesystem, seed: int, owed: li
     """Open, append, flush, and vanish without closing."""
     store = open_on(filesystem, "a")
     store._finalizer.detach()  # a killed process flushes nothing at its end
-    for number in range(2):
-        ref = append_rollout(store, seed, number)
-        store.flush()
-        owed.append(acknowledge(ref, seed, number))
-    store._workers.close()
-    filesystem.close()
+    try:
+        for number in range(2):
+            ref = append_rollout(store, seed, number)
+            store.flush()
+            owed.append(acknowledge(ref, seed, number))
+    finally:
+        store._workers.close()
+        filesystem.close()

@@ -20,8 +20,8 @@ from trajstore.storage.local import LocalFilesystem
 Entry = tuple[Any, ...]
 
 
-class PowerCut(BaseException):
-    """The process ends here."""
+class PowerCut(Exception):
+    """The process ends here: no call reaches the disk any more."""
 
 
 class RecordingFilesystem(LocalFilesystem):

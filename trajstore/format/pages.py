@@ -85,28 +85,30 @@ def decode_page_index(data: bytes) -> list[PageSource]:
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
         described = json.loads(table.schema.metadata[_METADATA_KEY])
         columns = {name: table[name].to_numpy() for name in ("source", "offset", "nbytes", "crc32c")}
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
-        raise CorruptionError(f"the page index cannot be read: {error}") from error
-    sources = []
-    for number, fields in enumerate(described):
-        mine = columns["source"] == number
-        known = ARROW_CODECS if fields["object"].endswith(".arrow") else tuple(CODECS)
-        if fields["codec"] not in known:
-            raise CorruptionError(f"codec {fields['codec']!r} of {fields['object']} is not one of {', '.join(known)}")
-        source = PageSource(
-            fields["object"],
-            tuple(fields["columns"]),
-            fields["rows"],
-            fields["page_rows"],
-            fields["codec"],
-            columns["offset"][mine],
-            columns["nbytes"][mine],
-            columns["crc32c"][mine],
-        )
-        if len(source.offsets) != -(-source.rows // source.page_rows):
-            raise CorruptionError(f"{source.object} has {len(source.offsets)} pages for {source.rows} rows")
-        sources.append(source)
-    return sources
+        return [_page_source(fields, columns, columns["source"] == n) for n, fields in enumerate(described)]
+    except CorruptionError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CorruptionError(f"the page index cannot be read: {error!r}") from error
+
+
+def _page_source(fields: Mapping[str, Any], columns: Mapping[str, Array], mine: Array) -> PageSource:
+    known = ARROW_CODECS if fields["object"].endswith(".arrow") else tuple(CODECS)
+    if fields["codec"] not in known:
+        raise CorruptionError(f"codec {fields['codec']!r} of {fields['object']} is not one of {', '.join(known)}")
+    source = PageSource(
+        fields["object"],
+        tuple(fields["columns"]),
+        fields["rows"],
+        fields["page_rows"],
+        fields["codec"],
+        columns["offset"][mine],
+        columns["nbytes"][mine],
+        columns["crc32c"][mine],
+    )
+    if len(source.offsets) != -(-source.rows // source.page_rows):
+        raise CorruptionError(f"{source.object} has {len(source.offsets)} pages for {source.rows} rows")
+    return source
 
 
 def checksum(stored: Any) -> int:

@@ -63,7 +63,11 @@ class SegmentReader:
                 f"{key} in {filesystem.description} does not match its manifest; restore it from a copy"
             )
         self.sources: dict[str, PageSource] = {}  # by column
-        for source in decode_page_index(data):
+        try:
+            sources = decode_page_index(data)
+        except CorruptionError as error:
+            raise CorruptionError(f"{key} in {filesystem.description}: {error}") from error
+        for source in sources:
             for path in source.columns:
                 self.sources[path] = source
 

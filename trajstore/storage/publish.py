@@ -111,7 +111,9 @@ def _attempt(put: Callable[[str, bytes], None], path: str, data: bytes, read_bac
 
 def _create_in_memory(fs: MemoryFileSystem, path: str, data: bytes) -> None:
     with _memory_lock:
-        fs.pipe_file(path, data, mode="create")
+        if fs.isfile(path):  # mode="create" would look through every key there is
+            raise FileExistsError(path)
+        fs.pipe_file(path, data)
 
 
 def _protocol(fs: Any) -> str:

@@ -129,6 +129,8 @@ class Episode:
                 f"column {missing[0]!r} has one row more than there are steps, and its final row is missing; call "
                 "end(final_obs, ...), or end(final={...}) for columns outside 'obs'"
             )
+        if not len(schema) and len(finals) == len(self._buffers):
+            raise LengthError("every column has a final row, so it is one step more; give final rows to states only")
         fields = {**self._metadata, **(metadata or {})}
         if self._stream is None:
             tree = {path: buffer.contents() for path, buffer in self._buffers.items()}

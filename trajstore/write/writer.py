@@ -134,7 +134,7 @@ class Writer:
         self._filesystem = filesystem
         self._history = history
         self._head = head
-        self._schema = head.snapshot.schema.merged_with(schema)
+        self._schema = head.snapshot.schema.extended_by(schema)
         self._workers = workers
         self._now = now
         self._pid = os.getpid()
