@@ -177,7 +177,7 @@ def decode_record_batch(columns: tuple[Column, ...], stored: Any, *, codec: str)
             c.path: batch.column(i) if c.is_variable else batch.column(i).to_numpy(zero_copy_only=False)
             for i, c in enumerate(columns)
         }
-    except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError, StopIteration) as error:
         raise CorruptionError(f"it is not a record batch of {', '.join(c.path for c in columns)}: {error}") from error
 
 

@@ -249,8 +249,8 @@ class Writer:
 
     def close(self) -> None:
         """Flush, then end the thread. May be called twice."""
-        if os.getpid() != self._pid or self._closing:
-            return
+        if os.getpid() != self._pid or self._closing or threading.current_thread() is self._thread:
+            return  # in a forked child, or twice, or collected as garbage in the thread that would have to be waited for
         try:
             self.flush()
         finally:
@@ -369,7 +369,10 @@ class Writer:
                 self._pump_wanted = False
                 builders = [*self._streaming, *(() if batch else self._open.builders)]
                 for builder in builders:
-                    builder.encode_arrow()
+                    try:
+                        builder.encode_arrow()
+                    except Exception as error:  # noqa: BLE001 - raised at the next call of the user
+                        self._fail_open(builder, error)
             if batch is not None:
                 self._settle(batch)
             self._pump(builders)
