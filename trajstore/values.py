@@ -202,6 +202,8 @@ def exact_cast(source: Array, from_dtype: str, to_dtype: str) -> Array | None:
     if from_dtype == "bool" and to_dtype != "bool":
         return None  # True is not the number one: people who mix them made a mistake
     target = physical_dtype(to_dtype)
+    if source.dtype.kind == "c" and target.kind != "c":
+        return None  # NumPy would only warn, and drop the imaginary parts
     with np.errstate(all="ignore"):
         cast = source.astype(target)
         same = np.array_equal(cast.astype(source.dtype), source, equal_nan=source.dtype.kind in "fc")

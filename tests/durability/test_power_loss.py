@@ -11,14 +11,21 @@ from typing import Any
 import pytest
 
 from tests.support.power import Disk, Entry, PowerCut, Rebuilt, RecordingFilesystem
-from tests.support.rollouts import Acknowledged, acknowledge, append_rollout, check_store, stream_rollout
+from tests.support.rollouts import (
+    Acknowledged,
+    acknowledge,
+    append_rollout,
+    check_store,
+    make_pages_small,
+    stream_rollout,
+)
 from trajstore.errors import CommitError, StoreNotFoundError
 from trajstore.storage import commit
 from trajstore.storage.local import LocalFilesystem
 from trajstore.store import Store, open_on
 from trajstore.write.writer import WriteOptions
 
-_STREAM_STEPS = 300
+_STREAM_STEPS = 150
 
 
 class _Recorded:
@@ -62,7 +69,7 @@ class _Handle:
         self._filesystem = RecordingFilesystem(recorded.root, recorded.log)
 
     def __enter__(self) -> tuple[RecordingFilesystem, Store]:
-        self._store = open_on(self._filesystem, "a", options=WriteOptions(spill_bytes=4096))
+        self._store = open_on(self._filesystem, "a", options=WriteOptions(spill_bytes=2048))
         return self._filesystem, self._store
 
     def __exit__(self, *_: object) -> None:
@@ -72,6 +79,7 @@ class _Handle:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> _Recorded:
     with pytest.MonkeyPatch.context() as patch:
+        make_pages_small(patch.setattr)
         patch.setattr(commit, "_HINT_INTERVAL_S", 0.0)  # the hint is renamed at every commit, not once a second
         return _Recorded(tmp_path_factory.mktemp("recorded"))
 
@@ -96,10 +104,9 @@ def test_the_recorded_history_holds_every_kind_of_operation(recorded: _Recorded)
         owed = [entry[1] for entry in recorded.log if entry[0] == "acknowledge"]
         assert check_store(store, owed) == len(owed) + 1 == 20
         assert store.version > len(store._head.snapshot.manifests) + 5, "manifests were merged"
-        stream = store.trajectories.filter("length == 300")[0]
-        segment = recorded.log  # an episode streamed: its shard was written in several parts
-        written = [entry[1] for entry in segment if entry[0] == "write" and "obs/image/c" in entry[1]]
-        assert len(written) > len(set(written))
+        stream = store.trajectories.filter("length == 150")[0]
+        written = [entry[1] for entry in recorded.log if entry[0] == "write" and "obs/image/c" in entry[1]]
+        assert len(written) > len(set(written)) + 2, "the episode's frames were written in parts"
         assert stream.length == _STREAM_STEPS
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.rollouts import Acknowledged, acknowledge, append_rollout, check_store, stream_rollout
+from tests.support.rollouts import Acknowledged, acknowledge, append_rollout, check_store, make_pages_small, stream_rollout
 from trajstore.storage import commit
 from trajstore.storage.local import LocalFilesystem
 from trajstore.store import open_on
@@ -59,7 +59,7 @@ STEPS: dict[str, tuple[str, str, str]] = {
     "before the hint takes its name": ("rename", "hint", "before"),
     "after the hint has its name": ("rename", "hint", "after"),
 }
-_STREAM_STEPS = 300
+_STREAM_STEPS = 120
 _FLUSHES = 40  # a child that outlives them was not killed, which is a failure
 
 
@@ -77,7 +77,7 @@ class Report:
 class KillingFilesystem(LocalFilesystem):
     """Kills its process in the ``countdown``-th matching system call after ``arm``."""
 
-    stream_threshold_bytes = 4096  # so that an episode of some hundred steps streams
+    stream_threshold_bytes = 1024  # so that an episode of some hundred steps streams
 
     def __init__(self, root: str, step: str | None, die: Callable[[], None]) -> None:
         super().__init__(root, threads=2)
@@ -276,6 +276,7 @@ def _child(
         if acknowledged:
             _check(root, acknowledged)
         commit._HINT_INTERVAL_S = 0.0  # every commit writes the hint
+        make_pages_small(setattr)
         filesystem = KillingFilesystem(root, step, die)
         history = commit.History(filesystem)
         merge = history._merge_manifests
@@ -296,7 +297,7 @@ def _child(
 
         ShardBuilder._encode = encode_or_die  # type: ignore[method-assign]
         streams = filesystem.about == "stream"
-        store = open_on(filesystem, "a", history=history, options=WriteOptions(spill_bytes=4096))
+        store = open_on(filesystem, "a", history=history, options=WriteOptions(spill_bytes=2048))
         for flush in range(_FLUSHES):
             if flush == after:
                 filesystem.arm(countdown)

@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 import trajstore
+from trajstore.format import codecs
+from trajstore.write import shard
 
 _COLUMNS = ("obs/image", "obs/state", "action", "reward", "note")
+
+
+def make_pages_small(set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Some steps fill a page, so that a short episode has many and streams while it runs.
+
+    Args:
+        set_attribute: ``setattr``, or one that is undone.
+    """
+    for module, name, value in (
+        (codecs, "TARGET_FRAME_PAGE_BYTES", 512),
+        (codecs, "TARGET_PAGE_BYTES", 256),
+        (shard, "TARGET_ARROW_PAGE_BYTES", 512),
+        (shard, "_BLOCK_BYTES", 1024),
+    ):
+        assert hasattr(module, name)
+        set_attribute(module, name, value)
 
 
 @dataclass(frozen=True)

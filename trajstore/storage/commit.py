@@ -179,6 +179,8 @@ class History:
             VersionNotFoundError: There is none of this number.
             VersionExpiredError: Vacuum emptied it.
         """
+        if not isinstance(version, int):
+            raise VersionNotFoundError(f"version={version!r}, expected a whole number; store.versions() lists them")
         data = self._filesystem.read(layout.snapshot_key(version)) if version else b""
         if data is None:
             raise VersionNotFoundError(

@@ -1,0 +1,311 @@
+"""What every filesystem promises; each implementation inherits the same tests."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from tests.support.faulty import Faults, faulty_bucket
+from trajstore.errors import (
+    CommitOutcomeUnknownError,
+    CorruptionError,
+    MissingObjectError,
+    StorageError,
+    StoragePermissionError,
+    TrajstoreError,
+    UnsupportedStorageError,
+)
+from trajstore.storage import local
+from trajstore.storage.connect import connect
+from trajstore.storage.filesystem import ByteRange, Filesystem, ReadRun
+from trajstore.storage.local import LocalFilesystem
+from trajstore.storage.remote import RemoteFilesystem
+
+
+class FilesystemConformance:
+    """Inherit, and give a fixture ``filesystem`` of an empty folder."""
+
+    def test_objects_are_read_back_in_the_order_asked(self, filesystem: Filesystem) -> None:
+        filesystem.store({"a/b/one": [b"1"], "two": [b"2", bytearray(b"2"), memoryview(b"2")], "a/three": []})
+        assert filesystem.read_many(["two", "gone", "a/b/one", "a/three", "two"]) == [b"222", None, b"1", b"", b"222"]
+        assert filesystem.read("a/b/none") is None
+        assert filesystem.read("two/under-a-file") is None
+        assert filesystem.read_many([]) == []
+
+    def test_storing_an_object_of_many_buffers_joins_them(self, filesystem: Filesystem) -> None:
+        parts = [bytes([n % 251]) * (n % 7) for n in range(5000)]  # more than one writev takes, some empty
+        filesystem.store({"many": parts})
+        assert filesystem.read("many") == b"".join(parts)
+
+    def test_runs_are_read_to_the_byte(self, filesystem: Filesystem) -> None:
+        data = os.urandom(10_000)
+        filesystem.store({"x/data": [data], "y": [b"0123456789"]})
+        runs = [ReadRun("x/data", n * 400, n * 400 + 300, ()) for n in range(20)] + [ReadRun("y", 3, 5, ())]
+        found = filesystem.read_runs(runs)
+        assert [bytes(f) for f in found] == [data[r.start : r.stop] for r in runs[:-1]] + [b"34"]
+        assert filesystem.read_runs([]) == []
+
+    def test_ranges_are_read_in_any_order_and_may_overlap(self, filesystem: Filesystem) -> None:
+        data = os.urandom(1000)
+        filesystem.store({"a": [data], "b": [data[::-1]]})
+        asked = [("a", 900, 1000), ("b", 0, 10), ("a", 5, 500), ("a", 0, 20), ("b", 3, 3)]
+        found = filesystem.read_ranges([ByteRange(*r) for r in asked])
+        assert [bytes(f) for f in found] == [(data if k == "a" else data[::-1])[i:j] for k, i, j in asked]
+
+    def test_reading_beyond_the_end_is_corruption_and_names_the_object(self, filesystem: Filesystem) -> None:
+        filesystem.store({"folder/short": [b"12345"]})
+        with pytest.raises(CorruptionError, match="folder/short"):
+            filesystem.read_runs([ReadRun("folder/short", 3, 9, ())])
+
+    def test_ranges_of_an_object_that_is_not_there_name_it(self, filesystem: Filesystem) -> None:
+        filesystem.store({"here": [b"1"]})
+        with pytest.raises(MissingObjectError, match="folder/gone"):
+            filesystem.read_runs([ReadRun("here", 0, 1, ()), ReadRun("folder/gone", 0, 1, ())])
+
+    def test_a_stream_is_an_object_once_stored(self, filesystem: Filesystem) -> None:
+        stream = filesystem.stream("deep/down/stream")
+        stream.write([b"one ", b"two "])
+        stream.write([])
+        stream.write([memoryview(b"three")])
+        filesystem.store({"beside": [b"1"]}, [stream])
+        assert filesystem.read_many(["deep/down/stream", "beside"]) == [b"one two three", b"1"]
+
+    def test_an_abandoned_stream_leaves_others_alone(self, filesystem: Filesystem) -> None:
+        given_up, kept = filesystem.stream("given-up"), filesystem.stream("kept")
+        given_up.write([b"x" * 100])
+        kept.write([b"y"])
+        given_up.abandon()
+        given_up.abandon()
+        filesystem.store({}, [kept])
+        kept.abandon()  # too late to matter
+        assert filesystem.read("kept") == b"y"
+
+    def test_only_the_first_creation_of_a_key_succeeds(self, filesystem: Filesystem) -> None:
+        assert filesystem.create("snapshots/1", b"first")
+        assert not filesystem.create("snapshots/1", b"second")
+        assert filesystem.read("snapshots/1") == b"first"
+        assert filesystem.create("snapshots/2", b"second")
+
+    def test_of_many_threads_that_create_a_key_one_wins(self, filesystem: Filesystem) -> None:
+        threads, keys = 16, 20
+        barrier = threading.Barrier(threads)
+
+        def create_all(mine: int) -> list[bool]:
+            won = []
+            for key in range(keys):
+                barrier.wait(30)
+                won.append(filesystem.create(f"races/{key}", f"{mine} {uuid.uuid4()}".encode()))
+            return won
+
+        with ThreadPoolExecutor(threads) as pool:
+            won = list(pool.map(create_all, range(threads)))
+        for key in range(keys):
+            winners = [thread for thread in range(threads) if won[thread][key]]
+            assert len(winners) == 1
+            content = filesystem.read(f"races/{key}")
+            assert content is not None
+            assert int(content.split()[0]) == winners[0]
+
+    def test_creating_leaves_nothing_else_behind(self, filesystem: Filesystem) -> None:
+        filesystem.create("left/1", b"won")
+        filesystem.create("left/1", b"lost")
+        assert [(info.key, info.nbytes) for info in filesystem.list_objects("left")] == [("left/1", 3)]
+
+    def test_overwriting_replaces_the_whole(self, filesystem: Filesystem) -> None:
+        filesystem.store({"hints/x": [b"something long"]})
+        filesystem.overwrite("hints/x", b"short")
+        assert filesystem.read("hints/x") == b"short"
+        filesystem.overwrite("hints/new", b"1")
+        assert filesystem.read("hints/new") == b"1"
+        assert {info.key for info in filesystem.list_objects("hints")} == {"hints/x", "hints/new"}
+
+    def test_listing_is_by_folder(self, filesystem: Filesystem) -> None:
+        filesystem.store({"a/1": [b"1"], "a/b/2": [b"22"], "ab/3": [b"333"], "4": [b""]})
+        assert {(i.key, i.nbytes) for i in filesystem.list_objects("a")} == {("a/1", 1), ("a/b/2", 2)}
+        assert {i.key for i in filesystem.list_objects("")} == {"a/1", "a/b/2", "ab/3", "4"}
+        assert list(filesystem.list_objects("none")) == []
+
+    def test_what_clients_raise_is_translated(self, filesystem: Filesystem) -> None:
+        for raised, expected in (
+            (FileNotFoundError("x"), MissingObjectError),
+            (PermissionError(errno.EACCES, "x"), StoragePermissionError),
+            (OSError(errno.ENOSPC, "No space left"), StorageError),
+        ):
+            with pytest.raises(expected, match="some/key") as caught, filesystem.errors("some/key"):
+                raise raised
+            assert caught.value.__cause__ is raised
+            assert isinstance(caught.value, TrajstoreError)
+
+    def test_it_may_be_closed_twice(self, filesystem: Filesystem) -> None:
+        filesystem.store({"a": [b"1"]})
+        filesystem.close()
+        filesystem.close()
+
+
+class TestLocalFilesystem(FilesystemConformance):
+    @pytest.fixture
+    def filesystem(self, tmp_path: Path) -> Any:
+        filesystem = LocalFilesystem(str(tmp_path / "not" / "yet" / "there"))
+        yield filesystem
+        filesystem.close()
+
+    def test_a_folder_in_the_place_of_an_object_is_an_error(self, filesystem: LocalFilesystem) -> None:
+        filesystem.store({"folder/a": [b"1"]})
+        with pytest.raises(StorageError, match="folder"):
+            filesystem.read("folder")
+
+    def test_a_file_in_the_place_of_a_folder_is_an_error(self, filesystem: LocalFilesystem) -> None:
+        filesystem.store({"file": [b"1"]})
+        with pytest.raises(StorageError, match="file/a"):
+            filesystem.store({"file/a": [b"1"]})
+
+    def test_without_hard_links_a_rename_that_replaces_nothing_is_used(
+        self, filesystem: LocalFilesystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(filesystem, "_link", _unsupported)
+        used = []
+        rename = filesystem._rename_no_replace
+        monkeypatch.setattr(filesystem, "_rename_no_replace", lambda *paths: (used.append(paths), rename(*paths)))
+        self.test_only_the_first_creation_of_a_key_succeeds(filesystem)
+        self.test_creating_leaves_nothing_else_behind(filesystem)
+        self.test_of_many_threads_that_create_a_key_one_wins(filesystem)
+        assert used
+
+    def test_without_either_a_creation_is_refused_and_nothing_written(
+        self, filesystem: LocalFilesystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(filesystem, "_link", _unsupported)
+        monkeypatch.setattr(filesystem, "_rename_no_replace", _unsupported)
+        with pytest.raises(UnsupportedStorageError, match="single_writer=True"):
+            filesystem.create("snapshots/1", b"x")
+        assert list(filesystem.list_objects("")) == []
+
+    def test_without_either_a_single_writer_may_look_first(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        filesystem = LocalFilesystem(str(tmp_path / "alone"), single_writer=True)
+        monkeypatch.setattr(filesystem, "_link", _unsupported)
+        monkeypatch.setattr(filesystem, "_rename_no_replace", _unsupported)
+        self.test_only_the_first_creation_of_a_key_succeeds(filesystem)
+        self.test_creating_leaves_nothing_else_behind(filesystem)
+        filesystem.close()
+
+    def test_a_c_library_without_renameat2_counts_as_not_supporting_it(
+        self, filesystem: LocalFilesystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(filesystem, "_link", _unsupported)
+        monkeypatch.setattr(local.ctypes, "CDLL", lambda *_, **__: object())
+        with pytest.raises(UnsupportedStorageError):
+            filesystem.create("snapshots/1", b"x")
+
+    def test_a_link_that_fails_for_another_reason_is_an_error(
+        self, filesystem: LocalFilesystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_space(source: str, target: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(filesystem, "_link", no_space)
+        with pytest.raises(StorageError, match="free space"):
+            filesystem.create("snapshots/1", b"x")
+        assert list(filesystem.list_objects("")) == []
+
+    def test_a_created_object_whose_folder_cannot_be_synced_is_of_unknown_outcome(
+        self, filesystem: LocalFilesystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        filesystem.create("snapshots/1", b"x")
+
+        def broken(path: str) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(filesystem, "_fsync_directory", broken)
+        with pytest.raises(CommitOutcomeUnknownError, match="snapshots/2"):
+            filesystem.create("snapshots/2", b"x")
+
+    def test_a_temporary_file_that_cannot_be_removed_fails_no_creation(
+        self, filesystem: LocalFilesystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(path: str) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(filesystem, "_unlink", broken)
+        assert filesystem.create("snapshots/1", b"x")
+        assert not filesystem.create("snapshots/1", b"y")
+        assert filesystem.read("snapshots/1") == b"x"
+
+    def test_an_object_is_never_written_over(self, filesystem: LocalFilesystem) -> None:
+        filesystem.store({"a": [b"1"]})
+        with pytest.raises(StorageError, match="a in"):
+            filesystem.store({"a": [b"2"]})
+        assert filesystem.read("a") == b"1"
+
+    def test_a_stream_of_another_filesystem_is_refused(self, filesystem: LocalFilesystem) -> None:
+        stream = faulty_bucket({}, Faults()).stream("x")
+        with pytest.raises(TypeError):
+            filesystem.store({}, [stream])
+
+    def test_no_descriptor_stays_open(self, filesystem: LocalFilesystem, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        for number in range(5):
+            stream = filesystem.stream(f"s/{number}")
+            filesystem.store({f"a/{number}": [b"1"]}, [stream])
+            filesystem.stream(f"s/abandoned-{number}").abandon()
+            filesystem.create(f"c/{number}", b"1")
+            filesystem.overwrite("c/hint", b"1")
+        monkeypatch.setattr(filesystem, "_fsync_file", _unsupported)
+        with pytest.raises(TrajstoreError):
+            filesystem.store({"b/1": [b"1"], "b/2": [b"1"]}, [filesystem.stream("s/x")])
+        with pytest.raises(TrajstoreError):
+            filesystem.create("c/x", b"1")
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+class TestMemoryFilesystem(FilesystemConformance):
+    @pytest.fixture
+    def filesystem(self) -> Any:
+        name = f"memory://conformance-{uuid.uuid4().hex}"
+        yield connect(name)
+        fsspec.filesystem("memory").rm(name, recursive=True) if fsspec.filesystem("memory").exists(name) else None
+
+
+class TestBucket(FilesystemConformance):
+    """The bucket of the fault tests, in good health: what is tested on it counts."""
+
+    @pytest.fixture
+    def filesystem(self) -> Any:
+        return faulty_bucket({}, Faults())
+
+
+def test_a_storage_that_cannot_create_atomically_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    fs = fsspec.filesystem("file", auto_mkdir=True)  # looks first, writes afterwards
+    filesystem = RemoteFilesystem(fs, str(tmp_path / "store"), url="file")
+    with pytest.raises(UnsupportedStorageError, match="single_writer=True"):
+        filesystem.create("snapshots/1", b"x")
+    assert list(tmp_path.iterdir()) == []
+    alone = RemoteFilesystem(fs, str(tmp_path / "store"), url="file", single_writer=True)
+    assert alone.create("snapshots/1", b"x")
+    assert not alone.create("snapshots/1", b"y")
+    assert alone.read("snapshots/1") == b"x"
+
+
+def test_urls_lead_to_their_filesystem(tmp_path: Path) -> None:
+    for url in (str(tmp_path), f"file://{tmp_path}", tmp_path):
+        filesystem = connect(url)
+        assert isinstance(filesystem, LocalFilesystem)
+        assert filesystem.root == str(tmp_path)
+    assert isinstance(connect("memory://a/b"), RemoteFilesystem)
+    with pytest.raises(StorageError, match="nosuchthing"):
+        connect("nosuchthing://a/b")
+    with pytest.raises(StorageError, match="storage_options"):
+        connect(str(tmp_path), storage_options={"key": "x"})
+
+
+def _unsupported(*_: Any) -> None:
+    raise OSError(errno.ENOTSUP, "Operation not supported")
