@@ -51,7 +51,7 @@ def test_flatten_joins_the_keys(tree):
 
 @given(columns())
 def test_json_round_trip(found):
-    schema = Schema(tuple(found), {"task": "string", "n": "int64"})
+    schema = Schema(tuple(found), {"a_task": "string", "a_number": "int64"})
     assert Schema.from_json(schema.to_json()) == schema
 
 

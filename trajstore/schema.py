@@ -6,10 +6,11 @@ dtype can be stored. Values of columns (arrays, tensors, lists) are the business
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -145,29 +146,29 @@ class Column:
                 "columns share the pages of one Arrow file (set codec= on trajstore.open for all of them)"
             )
 
-    @property
+    @cached_property
     def is_variable(self) -> bool:
         """Whether one step's value has no fixed size (strings, bytes, ragged lists)."""
         return self.ragged or self.dtype in VARIABLE_DTYPES
 
-    @property
+    @cached_property
     def stored_in(self) -> Literal["zarr", "arrow"]:
         """``"zarr"`` for tensors and complex scalars, ``"arrow"`` for scalars, strings and ragged lists."""
         if self.is_variable:
             return "arrow"
         return "zarr" if self.shape or self.dtype.startswith("complex") else "arrow"
 
-    @property
+    @cached_property
     def physical_dtype(self) -> np.dtype[Any]:
         """The NumPy dtype of the stored bits: ``uint16`` for bfloat16, ``int64`` for datetimes."""
         return physical_dtype(self.dtype)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one step's value in memory; of one list element if ragged; 0 for strings and bytes."""
         if self.dtype in VARIABLE_DTYPES:
             return 0
-        return self.physical_dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.physical_dtype.itemsize * math.prod(self.shape)
 
     def describe(self) -> str:
         """Dtype and shape as people write them: ``uint8[64, 64, 3]``."""
@@ -240,7 +241,7 @@ class Schema:
         by_path: dict[str, Column] = self.__dict__["_by_path"]
         return by_path
 
-    @property
+    @cached_property
     def required(self) -> frozenset[str]:
         """Paths that every trajectory has."""
         return frozenset(c.path for c in self.columns if c.presence == "required")

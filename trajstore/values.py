@@ -173,8 +173,9 @@ def _cast_weak(column: Column, rows: Rows) -> Rows:
     numbers = column.dtype not in VARIABLE_DTYPES and rows.dtype not in VARIABLE_DTYPES
     if not rows.weak or not numbers:
         raise ColumnTypeError(f"{wrong}; convert it to {column.dtype} before appending")
-    values = rows.data.values.flatten() if column.ragged else rows.data
-    source = np.asarray(values)
+    source = rows.data
+    if column.ragged:
+        source = ragged_values(replace(column, dtype=rows.dtype, shape=rows.shape), rows.data)
     cast = exact_cast(source, rows.dtype, column.dtype)
     if cast is None:
         raise ColumnTypeError(f"{wrong} with values that {column.dtype} cannot hold exactly; convert them explicitly")
@@ -195,24 +196,33 @@ def exact_cast(source: Array, from_dtype: str, to_dtype: str) -> Array | None:
     logical = {from_dtype, to_dtype}
     if any(name.startswith(("datetime64", "timedelta64")) for name in logical):
         return None
-    if to_dtype == "bfloat16":
-        narrow = torch.from_numpy(np.asarray(source, np.float64)).to(torch.bfloat16)
-        back: Array = narrow.to(torch.float64).numpy()
-        return narrow.view(torch.uint16).numpy() if np.array_equal(source, back, equal_nan=True) else None
     if from_dtype == "bool" and to_dtype != "bool":
         return None  # True is not the number one: people who mix them made a mistake
+    if to_dtype == "bfloat16":
+        wide = exact_cast(source, from_dtype, "float64")
+        if wide is None:
+            return None
+        narrow = torch.from_numpy(wide).to(torch.bfloat16)
+        unchanged = np.array_equal(wide, narrow.to(torch.float64).numpy(), equal_nan=True)
+        return narrow.view(torch.uint16).numpy() if unchanged else None
     target = physical_dtype(to_dtype)
     if source.dtype.kind == "c" and target.kind != "c":
         return None  # NumPy would only warn, and drop the imaginary parts
+    if target.kind == "c" and source.dtype.kind != "c":
+        real = exact_cast(source, from_dtype, target.type(0).real.dtype.name)
+        return None if real is None else real.astype(target)
     with np.errstate(all="ignore"):
         cast = source.astype(target)
         same = np.array_equal(cast.astype(source.dtype), source, equal_nan=source.dtype.kind in "fc")
-        # 2**63 as float64 survives the way to int64 and back by saturation: hold the signs and ranges too.
+        # 2**63 as float64 survives the way to int64 and back by saturation, and 2**63 - 1 the way to float64 and back:
+        # hold the signs and ranges too.
         if same and source.dtype.kind in "fui" and target.kind in "ui":
             info = np.iinfo(target)
             same = bool(np.all(source >= info.min) and np.all(source <= info.max))
             if same and source.dtype.kind == "f":
                 same = bool(np.all(source < float(info.max) + 1))
+        elif same and source.dtype.kind in "ui" and target.kind == "f":
+            same = bool(np.all(cast.astype(np.float64) < float(np.iinfo(source.dtype).max) + 1))
     return cast if same else None
 
 
@@ -275,7 +285,7 @@ def _rows_of_array(path: str, array: Array, *, weak: bool) -> Rows:
         return Rows(_string_array(path, array.tolist(), dtype), dtype, ())
     if 0 in shape:
         raise ColumnShapeError(f"column {path!r} has shape {list(shape)} per step, which holds no values; leave it out")
-    if array.dtype.name == "bfloat16":  # of ml_dtypes, as JAX hands it out
+    if dtype == "bfloat16":  # of ml_dtypes, as JAX hands it out
         array = array.view(np.uint16)
     elif array.dtype.kind in "mM":
         array = array.astype(array.dtype.newbyteorder("="), copy=False).view(np.int64)
@@ -391,7 +401,7 @@ def _string_array(path: str, items: Sequence[Any], dtype: str) -> pa.Array:
 def _is_ragged(items: Sequence[Any]) -> bool:
     if all(len(i) == len(items[0]) for i in items if isinstance(i, list | tuple)):
         inner = items[0]
-        return bool(inner) and isinstance(inner[0], str | bytes)
+        return not inner or isinstance(inner[0], str | bytes)
     return True
 
 

@@ -53,4 +53,8 @@ def connect(
         raise StorageError(f"{address}: the client library for {protocol}:// is missing; {how}") from error
     except ValueError as error:
         raise StorageError(f"{address}: {error}") from error
+    if protocol in ("s3", "s3a"):
+        # botocore makes five attempts and trajstore six, knowing which PUTs may have landed; those of s3fs in between would
+        # make a server that hangs take hours to be noticed.
+        fs.retries = 1
     return RemoteFilesystem(fs, root, url=address, single_writer=single_writer)

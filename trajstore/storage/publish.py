@@ -14,7 +14,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from trajstore.errors import CommitOutcomeUnknownError, UnsupportedStorageError
+from trajstore.errors import CommitOutcomeUnknownError, TrajstoreError, UnsupportedStorageError
 from trajstore.storage.retry import error_codes, is_transient, retrying
 
 _memory_lock = threading.Lock()
@@ -86,11 +86,8 @@ def create(
             with attempt:
                 return _attempt(put, path, data, read_back)
     except Exception as error:
-        if is_transient(error):
-            raise CommitOutcomeUnknownError(
-                f"{path}: the storage did not say whether the commit landed ({error}); open the store again and look for "
-                "the trajectories' uuids before appending them once more"
-            ) from error
+        if is_transient(error) and not isinstance(error, CommitOutcomeUnknownError):
+            raise _unknown(path, error) from error
         raise
     raise AssertionError("unreachable")  # retrying() ends by raising
 
@@ -102,11 +99,21 @@ def _attempt(put: Callable[[str, bytes], None], path: str, data: bytes, read_bac
         taken = isinstance(error, FileExistsError) or bool(_TAKEN & error_codes(error))
         if not taken and not is_transient(error):
             raise
-        found = read_back()
+        try:
+            found = read_back()
+        except TrajstoreError as later:
+            raise _unknown(path, later) from error
         if found is None:
             raise  # refused or lost, and nobody is there: once more
         return found == data
     return True
+
+
+def _unknown(path: str, error: Exception) -> CommitOutcomeUnknownError:
+    return CommitOutcomeUnknownError(
+        f"{path}: the storage did not say whether the commit landed ({error}); open the store again and look for the "
+        "trajectories' uuids before appending them once more"
+    )
 
 
 def _create_in_memory(fs: MemoryFileSystem, path: str, data: bytes) -> None:

@@ -143,14 +143,14 @@ class RemoteFilesystem(Filesystem):
             ) from error
         except PermissionError as error:
             raise StoragePermissionError(f"{where}: access refused ({error}); check the credentials") from error
-        except TimeoutError as error:
-            raise StorageTimeoutError(
-                f"{where}: no answer in time ({error}); check the network and try again"
-            ) from error
         except Exception as error:
+            if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+                raise StorageTimeoutError(
+                    f"{where}: no answer in time ({error}); check the network and try again"
+                ) from error
             if "NoCredentials" in type(error).__name__ or error_codes(error) & {"401", "403"}:
                 raise StoragePermissionError(f"{where}: access refused ({error}); check the credentials") from error
-            raise StorageError(getattr(error, "errno", None) or errno.EIO, f"{where}: {error or error!r}") from error
+            raise StorageError(getattr(error, "errno", None) or errno.EIO, f"{where}: {str(error) or repr(error)}") from error
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import tenacity
 
 ATTEMPTS = 6
+PATIENCE_S = 60.0  # no further attempt after this long; a client's own time-outs and attempts come on top
 MAX_WAIT_S = 4.0
 
 _TRANSIENT_CODES = frozenset(
@@ -38,6 +39,7 @@ _TRANSIENT_CODES = frozenset(
         "TooManyRequests",
         "BadDigest",
         "IncompleteBody",
+        "XAmzContentSHA256Mismatch",
     ]
 )
 _FINAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT})
@@ -51,6 +53,7 @@ _TRANSIENT_NAMES = frozenset(
         "ConnectionClosedError",
         "IncompleteRead",
         "ResponseStreamingError",
+        "ResponseParserError",
         "ServerDisconnectedError",
         "ClientPayloadError",
         "ClientConnectionError",
@@ -100,7 +103,7 @@ def retrying() -> Iterator[tenacity.AttemptManager]:
     return iter(
         tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_after_delay(PATIENCE_S),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=MAX_WAIT_S),
             reraise=True,
         )

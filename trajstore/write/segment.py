@@ -76,7 +76,7 @@ class SegmentBuilder:
 
     @property
     def in_flight_bytes(self) -> int:
-        """Bytes of rows that were handed to the workers and have not arrived in an object."""
+        """Bytes of full blocks that are not yet encoded."""
         return sum(shard.submitted_bytes - shard.drained_bytes for shard in self._shards.values())
 
     def append_rows(self, columns: Mapping[str, Stored]) -> None:
@@ -107,7 +107,7 @@ class SegmentBuilder:
         return start, ordinal
 
     def close_pages(self) -> None:
-        """No more rows will come: hand the short last pages to the workers."""
+        """No more rows will come."""
         for shard in self._shards.values():
             shard.close_pages()
 
@@ -117,8 +117,13 @@ class SegmentBuilder:
             file.encode_full_pages(last=last)
 
     def drain(self, *, wait: bool = False) -> None:
-        """Take what the workers have encoded, and stream objects that have grown large; may run beside ``append_rows``."""
+        """Encode full blocks and take what is encoded; stream objects that have grown large.
+
+        May run beside ``append_rows``.
+        """
         with self._draining:
+            for shard in self._shards.values():
+                shard.submit()
             for shard in self._shards.values():
                 shard.drain(wait=wait)
             for built in self._objects():

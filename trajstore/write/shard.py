@@ -10,6 +10,7 @@ import io
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -111,12 +112,17 @@ class ShardBuilder:
         self._block: Block | None = None
         self._staged: Array | None = None  # (block_rows, *shape), a view of the block
         self._filled = 0  # rows in the block
+        self._full: deque[tuple[Block, Array, int]] = deque()  # block, rows, how many are filled
         self._encoding: deque[tuple[int, Future[_EncodedPages]]] = deque()
-        self.submitted_bytes = 0  # handed to the workers so far
+        self.submitted_bytes = 0  # of full blocks so far
         self.drained_bytes = 0  # of those, encoded and moved to the object
 
     def append(self, rows: Array) -> None:
-        """Copy rows in: ``(n, *shape)`` of the column's physical dtype."""
+        """Copy rows in: ``(n, *shape)`` of the column's physical dtype.
+
+        Full blocks wait for ``submit``: workers that start while the next block is being copied would take turns with
+        the copy, and ``append`` would take several times as long.
+        """
         done = 0
         while done < len(rows):
             if self._staged is None:
@@ -127,16 +133,23 @@ class ShardBuilder:
             self._filled += n
             done += n
             if self._filled == self._block_rows:
-                self._submit()
+                self._close_block()
         self.rows += len(rows)
 
     def close_pages(self) -> None:
-        """Hand the last, partly filled pages to the workers."""
+        """No more rows will come: the last block is as full as it gets."""
         if self._filled:
-            self._submit()
+            self._close_block()
+
+    def submit(self) -> None:
+        """Hand full blocks to the workers."""
+        while self._full:
+            block, staged, filled = self._full.popleft()
+            future = self._workers.submit(self._encode, block, staged, filled)
+            self._encoding.append((filled * self.column.row_bytes, future))
 
     def drain(self, *, wait: bool) -> None:
-        """Move encoded pages to the object, in order; with ``wait``, all of them."""
+        """Move encoded pages to the object, in order; with ``wait``, all that were submitted."""
         while self._encoding and (wait or self._encoding[0][1].done()):
             nbytes, future = self._encoding.popleft()
             for data, crc32c in future.result():
@@ -159,12 +172,11 @@ class ShardBuilder:
         self._staged = flat.reshape(self._block_rows, *self.column.shape)
         self._filled = 0
 
-    def _submit(self) -> None:
+    def _close_block(self) -> None:
         assert self._block is not None
         assert self._staged is not None
-        nbytes = self._filled * self.column.row_bytes
-        self.submitted_bytes += nbytes
-        self._encoding.append((nbytes, self._workers.submit(self._encode, self._block, self._staged, self._filled)))
+        self.submitted_bytes += self._filled * self.column.row_bytes
+        self._full.append((self._block, self._staged, self._filled))
         self._block = self._staged = None
         self._filled = 0
 
@@ -203,7 +215,6 @@ class ArrowFileBuilder:
         self._waiting: dict[str, list[Stored]] = {c.path: [] for c in columns}
         self._waiting_rows = 0
         self._sink = _PartsSink()
-        self._writer = pa.ipc.new_file(self._sink, arrow_schema(self.columns), options=ipc_options(codec))
 
     def append(self, rows: Mapping[str, Stored], count: int) -> None:
         """Add rows of all columns. NumPy rows are copied, since their owner may change them."""
@@ -225,6 +236,10 @@ class ArrowFileBuilder:
         self._writer.close()
         self.object.add(self._take_written())
         return self.object.source([c.path for c in self.columns], self.rows, self.page_rows, self.codec)
+
+    @cached_property
+    def _writer(self) -> pa.RecordBatchFileWriter:
+        return pa.ipc.new_file(self._sink, arrow_schema(self.columns), options=ipc_options(self.codec))
 
     def _encode(self, rows: Mapping[str, Stored]) -> None:
         self._writer.write_batch(encode_record_batch(self.columns, rows))
