@@ -53,7 +53,7 @@ class ObjectStream(ABC):
 
     @abstractmethod
     def abandon(self) -> None:
-        """Give the object up; what was written of it may stay as an orphan."""
+        """Give the object up; what was written of it may stay as an orphan. Never fails; may be called twice."""
 
 
 class Filesystem(ABC):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from trajstore.storage import publish
 from trajstore.storage.filesystem import Buffer, Filesystem, ObjectInfo, ObjectStream, ReadRun
 from trajstore.storage.retry import error_codes, retrying
 from trajstore.storage.workers import FORKED
+
+_log = logging.getLogger(__name__)
 
 _PART_BYTES = 16 * 1024 * 1024
 
@@ -205,5 +208,8 @@ class _RemoteStream(ObjectStream):
             self._file.close()
 
     def abandon(self) -> None:
-        with self._filesystem.errors(self.key):
-            self._file.discard()
+        try:
+            with self._filesystem.errors(self.key):
+                self._file.discard()
+        except StorageError as error:
+            _log.warning("an upload that was given up stays behind: %s", error)

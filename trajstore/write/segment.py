@@ -73,6 +73,7 @@ class SegmentBuilder:
         self._arrow_files: dict[str, ArrowFileBuilder] = {}
         self._streams: dict[str, ObjectStream] = {}
         self._draining = threading.Lock()
+        self._broken: Exception | None = None
 
     @property
     def in_flight_bytes(self) -> int:
@@ -122,15 +123,14 @@ class SegmentBuilder:
         May run beside ``append_rows``.
         """
         with self._draining:
-            for shard in self._shards.values():
-                shard.submit()
-            for shard in self._shards.values():
-                shard.drain(wait=wait)
-            for built in self._objects():
-                if built.buffered_bytes >= self._filesystem.stream_threshold_bytes:
-                    if built.name not in self._streams:
-                        self._streams[built.name] = self._filesystem.stream(self._key(built.name))
-                    self._streams[built.name].write(built.take_buffers())
+            if self._broken is not None:
+                raise self._broken
+            try:
+                self._drain(wait=wait)
+            except Exception as error:
+                # Pages are missing from now on: whoever commits this segment must hear of it, whoever drained it before.
+                self._broken = error
+                raise
 
     def finish(self) -> FinishedSegment:
         """Encode what is left and build the metadata. Call ``close_pages`` before."""
@@ -167,6 +167,17 @@ class SegmentBuilder:
             for stream in self._streams.values():
                 stream.abandon()
             self._streams.clear()
+
+    def _drain(self, *, wait: bool) -> None:
+        for shard in self._shards.values():
+            shard.submit()
+        for shard in self._shards.values():
+            shard.drain(wait=wait)
+        for built in self._objects():
+            if built.buffered_bytes >= self._filesystem.stream_threshold_bytes:
+                if built.name not in self._streams:
+                    self._streams[built.name] = self._filesystem.stream(self._key(built.name))
+                self._streams[built.name].write(built.take_buffers())
 
     def _objects(self) -> list[ObjectBuilder]:
         return [s.object for s in self._shards.values()] + [f.object for f in self._arrow_files.values()]

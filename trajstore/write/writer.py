@@ -22,6 +22,7 @@ import numpy as np
 from trajstore.errors import (
     ClosedError,
     CommitError,
+    CommitOutcomeUnknownError,
     ForkedError,
     SchemaConflictError,
     StorageError,
@@ -47,6 +48,7 @@ from trajstore.write.segment import SegmentBuilder
 
 _MAX_QUEUED_BATCHES = 4
 _PUMP_INTERVAL_S = 0.01
+_LOST_STREAM = "this episode's segment could not be written; begin the episode again"
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,16 @@ class Writer:
                 self._open.shared[present] = builder
                 self._open.builders.append(builder)
             self._schema = schema
-            self._append_rows(builder, trajectory.columns)
             reward_sum = total_reward(schema, trajectory.columns)
-            return self._add_row(builder, trajectory.length, terminated, truncated, reward_sum, fields)
+            try:
+                self._append_rows(builder, trajectory.columns)
+                return self._add_row(builder, trajectory.length, terminated, truncated, reward_sum, fields)
+            except BaseException:  # Ctrl-C, or out of memory: some columns may have rows that others lack
+                self._open.shared.pop(present, None)  # what it holds stays; nothing may follow
+                if not builder.trajectories and builder in self._open.builders:
+                    self._open.builders.remove(builder)
+                    builder.abandon()
+                raise
 
     def open_stream(self, columns: Iterable[Column], schema: Schema) -> SegmentBuilder:
         """A segment of its own for an episode that outgrew memory."""
@@ -203,8 +212,14 @@ class Writer:
         with self._begin_change():
             self._wait_for_room()
             if builder not in self._streaming:
-                raise ClosedError("this episode's segment could not be written; begin the episode again")
-            self._append_rows(builder, columns)
+                raise ClosedError(_LOST_STREAM)
+            try:
+                self._append_rows(builder, columns)
+            self._wake_if_needed()
+            except BaseException:  # as in append
+                self._streaming.remove(builder)
+                builder.abandon()
+                raise
 
     def end_stream(
         self,
@@ -218,6 +233,8 @@ class Writer:
     ) -> TrajectoryRef:
         """The end of such an episode: it joins the open batch."""
         with self._begin_change():
+            if builder not in self._streaming:
+                raise ClosedError(_LOST_STREAM)
             fields, self._schema = _checked_metadata(metadata, self._schema)
             self._streaming.remove(builder)
             self._open.builders.append(builder)
@@ -307,7 +324,6 @@ class Writer:
         builder.append_rows(columns)
         if builder.in_flight_bytes > before:
             self._pump_wanted = True
-            self._wake()
 
     def _add_row(
         self,
@@ -334,10 +350,11 @@ class Writer:
         )
         if not self._open.rows:
             self._open.opened_at = time.monotonic()
-            self._wake()
+            self._pump_wanted = True  # so that the thread learns of the deadline
         self._open.rows.append((ref, row))
         if sum(b.raw_bytes for b in self._open.builders) >= self.options.segment_bytes:
             self._cut()
+        self._wake_if_needed()
         return ref
 
     def _cut(self) -> None:
@@ -348,6 +365,11 @@ class Writer:
         self._queue.append(self._open)
         self._open = _Batch(self._open.number + 1)
         self._wake()
+
+    def _wake_if_needed(self) -> None:
+        """The last thing that a change does: a thread that is woken earlier takes turns with it."""
+        if self._pump_wanted:
+            self._wake()
 
     def _wake(self) -> None:
         if self._thread is None:
@@ -404,7 +426,9 @@ class Writer:
         if failed in self._streaming:
             self._streaming.remove(failed)
             failed.abandon()
-        if failed in self._open.builders:
+        elif failed not in self._open.builders:
+            return  # its batch was cut meanwhile: committing it will fail, and say what is lost
+        else:
             lost = len(self._open.rows)
             for builder in self._open.builders:
                 builder.abandon()
@@ -503,6 +527,7 @@ def _lost(error: Exception, count: int) -> Exception:
         wrapped.__cause__ = error
         error = wrapped
     if count:
-        told = f"{error}; {count} trajectories appended since the last commit are not in the store"
+        certain = "may or may not be" if isinstance(error, CommitOutcomeUnknownError) else "are not"
+        told = f"{error}; {count} trajectories appended since the last commit {certain} in the store"
         error.args = (*error.args[:-1], told)
     return error
