@@ -40,7 +40,7 @@ def test_what_is_appended_is_read_back(schema, seed, lengths, data):
     with trajstore.open(url, "a", schema=schema, codec=codec) as store:
         for length in lengths:
             flat = trajectory(rng, schema, length)
-            store.append(nest(flat), terminated=bool(length % 2), truncated=bool(length % 3 == 0), n=length)
+            store.append(nest(flat), terminated=bool(length % 2), truncated=bool(length % 3 == 0), number=length)
             appended.append((length, flat))
             if data.draw(st.booleans()):
                 store.flush()
@@ -49,7 +49,7 @@ def test_what_is_appended_is_read_back(schema, seed, lengths, data):
         assert view.ids.tolist() == list(range(len(lengths)))
         for stored, (length, flat) in zip(view, appended, strict=True):
             assert stored.length == length
-            assert stored.metadata == {"n": length}
+            assert stored.metadata == {"number": length}
             assert (stored.terminated, stored.truncated) == (bool(length % 2), length % 3 == 0)
             assert read_back(stored) == expected_of(schema, flat)
             for path, value in flat.items():
@@ -157,10 +157,10 @@ class TwoHandles(RuleBasedStateMachine):
     @rule(number=st.sampled_from([0, 1]), length=st.integers(1, 20), k=st.none() | st.integers(-5, 5))
     def append(self, number, length, k):
         flat = trajectory(self.rng, self.schema, length)
-        ref = self.handles[number].append(nest(flat), k=k)
+        ref = self.handles[number].append(nest(flat), marker=k)
         assert ref.id is None
         self.pending[number].append(ref.uuid)
-        self.model[ref.uuid] = (length, expected_of(self.schema, flat), {} if k is None else {"k": k})
+        self.model[ref.uuid] = (length, expected_of(self.schema, flat), {} if k is None else {"marker": k})
 
     @rule(number=st.sampled_from([0, 1]), length=st.integers(1, 5))
     def stream(self, number, length):

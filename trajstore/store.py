@@ -140,9 +140,9 @@ def _open_or_create(filesystem: Filesystem, history: History, *, must_be_new: bo
             return _open_existing(filesystem, history, None)
         except StoreNotFoundError:
             pass  # made below; if somebody else is faster, theirs is opened
+    _check_creation_is_atomic(filesystem)
     store = StoreDocument(uuid.uuid4().hex)
     if filesystem.create(layout.STORE_DOCUMENT, store.to_bytes()):
-        _check_creation_is_atomic(filesystem)
         return store.store_uuid, EMPTY_VERSION
     if must_be_new:
         raise StoreExistsError(
@@ -152,12 +152,17 @@ def _open_or_create(filesystem: Filesystem, history: History, *, must_be_new: bo
 
 
 def _check_creation_is_atomic(filesystem: Filesystem) -> None:
-    """Some S3 servers accept a conditional put and ignore the condition: find out before anything depends on it."""
-    rival = StoreDocument(uuid.uuid4().hex).to_bytes()
-    if filesystem.create(layout.STORE_DOCUMENT, rival):
+    """Some S3 servers accept a conditional put and ignore the condition: find out before there is a store to lose.
+
+    It is tried on the hint, which nobody trusts, so a refused storage holds nothing that looks like a store.
+    """
+    if filesystem.single_writer:
+        return
+    if filesystem.create(layout.LATEST_HINT, b"0") and filesystem.create(layout.LATEST_HINT, b"00"):
         raise UnsupportedStorageError(
             f"{filesystem.description} replaced an object that was to be created only if absent, so two writers could "
-            "overwrite each other's commits; upgrade the server to one that honours If-None-Match"
+            "overwrite each other's commits; use a server that honours If-None-Match, or pass single_writer=True if nobody "
+            "else writes this store"
         )
 
 

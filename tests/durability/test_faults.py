@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.faulty import DISK_FAULTS, FAULTS, FaultyDisk, Faults, faulty_bucket
+from tests.support.faulty import DISK_FAULTS, FAULTS, Faults, FaultyDisk, faulty_bucket
 from tests.support.rollouts import (
     Acknowledged,
     acknowledge,
@@ -30,11 +32,13 @@ from trajstore.storage import commit, retry
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.local import LocalFilesystem
 from trajstore.store import Store, open_on
+from trajstore.write.shard import ArrowFileBuilder, ShardBuilder
 from trajstore.write.writer import WriteOptions
 
 _STREAM_STEPS = 60
 _OPTIONS = WriteOptions(spill_bytes=1024)
-_PLAIN_FLUSHES = 5
+_AGED_COMMITS = 6  # the next one merges manifests
+_FLUSHES = 3
 
 
 @pytest.fixture(autouse=True)
@@ -63,23 +67,32 @@ class _Outcome:
                 self.lost += pending
 
 
-def _workload(connect: Callable[[], Filesystem]) -> _Outcome:
-    """Open, append, flush, stream, commit until manifests are merged, reopen, read; on after every error."""
-    outcome = _Outcome()
+def _aged(filesystem: Filesystem) -> list[Acknowledged]:
+    """Some commits of the past; what they owe."""
+    owed = []
+    with open_on(filesystem, "a") as store:
+        for number in range(_AGED_COMMITS):
+            ref = append_rollout(store, 9, number)
+            store.flush()
+            owed.append(acknowledge(ref, 9, number))
+    return owed
+
+
+def _workload(connect: Callable[[], Filesystem], owed: list[Acknowledged]) -> _Outcome:
+    """Open, append, flush, stream, close, reopen, append, read; on after every error."""
+    outcome = _Outcome(list(owed))
     numbers = itertools.count()
     store = _opened(connect, outcome)
     if store is not None:
-        for flush in range(_PLAIN_FLUSHES):
-            _flush_one(store, next(numbers), None, outcome)
-            if flush == 1:
-                _flush_one(store, next(numbers), _STREAM_STEPS, outcome)
+        _flush_one(store, next(numbers), None, outcome)
+        _flush_one(store, next(numbers), _STREAM_STEPS, outcome)
         with outcome.telling([]):
             store.close()
     store = _opened(connect, outcome)
     if store is not None:
         _flush_one(store, next(numbers), None, outcome)
         with outcome.telling([]):
-            check_store(store, ())
+            check_store(store, outcome.acknowledged)
         with outcome.telling([]):
             store.close()
     return outcome
@@ -93,12 +106,9 @@ def _opened(connect: Callable[[], Filesystem], outcome: _Outcome) -> Store | Non
 
 
 def _flush_one(store: Store, number: int, stream_steps: int | None, outcome: _Outcome) -> None:
-    ref: Any = None
     with outcome.telling([number]):
-        if stream_steps:
-            ref = stream_rollout(store, 0, number, length=stream_steps)
-        else:
-            ref = append_rollout(store, 0, number)
+        write = append_rollout if stream_steps is None else stream_rollout
+        ref = write(store, 0, number, length=stream_steps)
         store.flush()
         outcome.acknowledged.append(acknowledge(ref, 0, number, length=stream_steps))
 
@@ -109,80 +119,150 @@ def _check(filesystem: Filesystem, outcome: _Outcome) -> None:
         ref = append_rollout(store, 1, 0)
         store.flush()
         check_store(store, [*outcome.acknowledged, acknowledge(ref, 1, 0)])
-        shown = {t.metadata["number"] for t in store.trajectories if t.metadata["seed"] == 0}
+        shown = {t.metadata["number"] for t in store.trajectories.filter("seed == 0")}
         assert not shown & set(outcome.lost), "called lost, and yet there: appended once more, it would be there twice"
 
 
-def test_the_workload_merges_manifests_and_streams() -> None:
+@pytest.fixture(params=["new", "aged"])
+def objects_of(request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[Acknowledged]]:
+    """A bucket with no store, or with one that is due for a merge of manifests; objects are immutable."""
     objects: dict[str, Any] = {}
-    faults = Faults()
-    outcome = _workload(lambda: faulty_bucket(objects, faults))
-    assert outcome.errors == []
-    assert len(outcome.acknowledged) == _PLAIN_FLUSHES + 2
-    assert any(line.startswith("part ") for line in faults.log), "an episode was streamed"
-    with open_on(faulty_bucket(objects, Faults()), "r") as store:
-        assert len(store._head.snapshot.manifests) < store.version, "manifests were merged"
+    owed = _aged(faulty_bucket(objects, Faults())) if request.param == "aged" else []
+    return objects, owed
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_a_bucket_that_fails_once_at_any_operation_loses_nothing_acknowledged(kind: str) -> None:
-    surfaced = 0
-    for at in itertools.count():
+@pytest.fixture(params=["new", "aged"])
+def folder_of(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[Acknowledged]]:
+    """The same as a folder."""
+    folder = tmp_path / "origin"
+    if request.param == "new":
+        return folder, []
+    return folder, _aged(LocalFilesystem(str(folder)))
+
+
+def test_the_workload_creates_merges_and_streams() -> None:
+    for aged in (False, True):
         objects: dict[str, Any] = {}
-        faults = Faults(kind, at)
-        outcome = _workload(lambda: faulty_bucket(objects, faults))  # noqa: B023 - called in this round
+        owed = _aged(faulty_bucket(objects, Faults())) if aged else []
+        faults = Faults()
+        outcome = _workload(partial(faulty_bucket, objects, faults), owed)
+        assert outcome.errors == []
+        assert len(outcome.acknowledged) == len(owed) + _FLUSHES
+        assert any(line.startswith("part ") for line in faults.log), "an episode was streamed"
+        with open_on(faulty_bucket(objects, Faults()), "r") as store:
+            merged = store.version - len(store._head.snapshot.manifests)
+            assert bool(merged) == aged
+
+
+def _fail_everywhere(kind: str, start: tuple[dict[str, Any], list[Acknowledged]], *, forever: bool) -> int:
+    """Spoil every operation in turn; returns how many rounds told the caller of an error."""
+    told = 0
+    origin, owed = start
+    for at in itertools.count():
+        objects = dict(origin)
+        faults = Faults(kind, at, forever=forever)
+        outcome = _workload(partial(faulty_bucket, objects, faults), owed)
         if not faults.fired:
             break
-        surfaced += bool(outcome.errors)
+        told += bool(outcome.errors)
         try:
+            assert outcome.errors or len(outcome.acknowledged) == len(owed) + _FLUSHES, "the caller must be told"
             _check(faulty_bucket(objects, Faults()), outcome)
         except BaseException as error:
             error.add_note(f"{kind} at operation {at}: {faults.log[at]}; told: {outcome.errors!r}")
             raise
-    assert at > 80
+    assert at > 60
+    return told
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_bucket_that_fails_once_at_any_operation_loses_nothing_acknowledged(
+    kind: str, objects_of: tuple[dict[str, Any], list[Acknowledged]]
+) -> None:
+    told = _fail_everywhere(kind, objects_of, forever=False)
     if kind in ("delay", "duplicate"):
-        assert surfaced == 0, "the caller need not know"
+        assert told == 0, "the caller need not know"
 
 
-@pytest.mark.parametrize("kind", ["fail", "refuse", "lost reply", "late", "409"])
-def test_a_bucket_that_fails_from_some_operation_on_loses_nothing_acknowledged(kind: str) -> None:
-    for at in itertools.count():
-        objects: dict[str, Any] = {}
-        faults = Faults(kind, at, forever=True)
-        outcome = _workload(lambda: faulty_bucket(objects, faults))  # noqa: B023 - called in this round
-        if not faults.fired:
-            break
-        try:
-            assert outcome.errors or len(outcome.acknowledged) == _PLAIN_FLUSHES + 2, "the caller must be told"
-            _check(faulty_bucket(objects, Faults()), outcome)
-        except BaseException as error:
-            error.add_note(f"{kind} from operation {at} on: {faults.log[at]}; told: {outcome.errors!r}")
-            raise
-    assert at > 80
+@pytest.mark.parametrize("kind", ["fail", "refuse", "lost reply", "late"])
+def test_a_bucket_that_fails_from_some_operation_on_loses_nothing_acknowledged(
+    kind: str, objects_of: tuple[dict[str, Any], list[Acknowledged]]
+) -> None:
+    assert _fail_everywhere(kind, objects_of, forever=True) > 40
 
 
-@pytest.mark.parametrize(
-    ("name", "forever"), [("ENOSPC", False), ("EIO", False), ("ENOSPC", True), ("EROFS", True)]
-)
-def test_a_disk_whose_nth_call_fails_loses_nothing_acknowledged(name: str, forever: bool, tmp_path: Path) -> None:
+class _Disks:
+    """The handles of one workload, whose calls are counted together."""
+
+    def __init__(self, root: str, code: int, at: int, *, forever: bool) -> None:
+        self._root, self._code, self._at, self._forever = root, code, at, forever
+        self._disks: list[FaultyDisk] = []
+
+    def connect(self) -> FaultyDisk:
+        spent = sum(disk.calls for disk in self._disks)
+        self._disks.append(FaultyDisk(self._root, self._code, self._at - spent, forever=self._forever))
+        return self._disks[-1]
+
+    @property
+    def fired(self) -> int:
+        return sum(disk.fired for disk in self._disks)
+
+
+@pytest.mark.parametrize(("name", "forever"), [("ENOSPC", False), ("EIO", False), ("ENOSPC", True), ("EROFS", True)])
+def test_a_disk_whose_nth_call_fails_loses_nothing_acknowledged(
+    name: str, forever: bool, folder_of: tuple[Path, list[Acknowledged]], tmp_path: Path
+) -> None:
+    origin, owed = folder_of
     for at in itertools.count():
         root = str(tmp_path / str(at))
-        disks: list[FaultyDisk] = []
-
-        def connect() -> FaultyDisk:
-            spent = sum(disk.calls for disk in disks)  # noqa: B023 - called in this round
-            disks.append(FaultyDisk(root, DISK_FAULTS[name], at - spent, forever=forever))  # noqa: B023
-            return disks[-1]
-
-        outcome = _workload(connect)
-        if not any(disk.fired for disk in disks):
+        if origin.exists():
+            shutil.copytree(origin, root)
+        disks = _Disks(root, DISK_FAULTS[name], at, forever=forever)
+        outcome = _workload(disks.connect, owed)
+        if not disks.fired:
             break
         try:
+            assert outcome.errors or len(outcome.acknowledged) == len(owed) + _FLUSHES, "the caller must be told"
             _check(LocalFilesystem(root), outcome)
         except BaseException as error:
             error.add_note(f"{name} in call {at}; told: {outcome.errors!r}")
             raise
-    assert at > 120
+        shutil.rmtree(root)
+    assert at > 80
+
+
+def _interrupted(append: Callable[..., None], countdown: Iterator[type[BaseException] | None]) -> Callable[..., None]:
+    def run(*args: Any) -> None:
+        error = next(countdown, None)
+        if error is not None:
+            raise error
+        append(*args)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+def test_an_append_interrupted_at_any_column_tears_nothing(kind: type[BaseException], tmp_path: Path) -> None:
+    """Some columns have the rows of the interrupted trajectory then; those that follow must not be shifted."""
+    for at in itertools.count():
+        countdown = iter([None] * at + [kind])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ShardBuilder, "append", _interrupted(ShardBuilder.append, countdown))
+            patch.setattr(ArrowFileBuilder, "append", _interrupted(ArrowFileBuilder.append, countdown))
+            owed = []
+            with open_on(LocalFilesystem(str(tmp_path / str(at))), "a") as store:
+                for number in range(4):
+                    with suppress(kind):
+                        owed.append((append_rollout(store, 0, number), number))
+                    if number == 2:
+                        store.flush()
+                store.flush()
+                assert check_store(store, [acknowledge(ref, 0, number) for ref, number in owed]) == len(owed)
+        if len(owed) == 4:
+            break
+        assert len(owed) == 3
+    assert at == 4 * 3, "two tensors and one file of steps, four times"
 
 
 def test_a_full_disk_says_how_much_was_lost_and_takes_appends_once_there_is_room(tmp_path: Path) -> None:
@@ -194,7 +274,7 @@ def test_a_full_disk_says_how_much_was_lost_and_takes_appends_once_there_is_room
         disk._at = 0
         append_rollout(store, 0, 1)
         append_rollout(store, 0, 2)
-        with pytest.raises(StorageError, match="No space left.*free space.*2 trajectories.* are not in the store"):
+        with pytest.raises(StorageError, match=r"No space left.*free space.*2 trajectories.* are not in the store"):
             store.flush()
         disk._at = 1 << 60
         later = append_rollout(store, 0, 3)

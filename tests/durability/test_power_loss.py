@@ -106,7 +106,7 @@ def test_the_recorded_history_holds_every_kind_of_operation(recorded: _Recorded)
         assert store.version > len(store._head.snapshot.manifests) + 5, "manifests were merged"
         stream = store.trajectories.filter("length == 150")[0]
         written = [entry[1] for entry in recorded.log if entry[0] == "write" and "obs/image/c" in entry[1]]
-        assert len(written) > len(set(written)) + 2, "the episode's frames were written in parts"
+        assert len(written) > len(set(written)), "the episode's frames were written in parts"
         assert stream.length == _STREAM_STEPS
 
 
@@ -135,9 +135,7 @@ def test_after_every_prefix_of_the_log_what_was_synced_holds_all_acknowledged(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_part_of_what_was_not_synced_may_survive_too(
-    recorded: _Recorded, tmp_path: Path, seed: int
-) -> None:
+def test_any_part_of_what_was_not_synced_may_survive_too(recorded: _Recorded, tmp_path: Path, seed: int) -> None:
     """Torn files, names without files, a later rename without an earlier one."""
     rng = random.Random(seed)
     disk, rebuilt, owed = Disk(recorded.top), Rebuilt(str(tmp_path / "left")), []

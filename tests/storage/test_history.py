@@ -46,9 +46,7 @@ def test_the_latest_is_found_from_any_start(buckets: dict[int, _Bucket], count: 
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_looking_for_the_latest_takes_a_logarithmic_number_of_reads(
-    buckets: dict[int, _Bucket], count: int
-) -> None:
+def test_looking_for_the_latest_takes_a_logarithmic_number_of_reads(buckets: dict[int, _Bucket], count: int) -> None:
     bucket = buckets[count]
     bucket.faults.log.clear()
     bucket.history.latest(0)

@@ -25,7 +25,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.rollouts import Acknowledged, acknowledge, append_rollout, check_store, make_pages_small, stream_rollout
+from tests.support.rollouts import (
+    Acknowledged,
+    acknowledge,
+    append_rollout,
+    check_store,
+    make_pages_small,
+    stream_rollout,
+)
 from trajstore.storage import commit
 from trajstore.storage.local import LocalFilesystem
 from trajstore.store import open_on

@@ -86,18 +86,14 @@ def digest(flat: dict[str, np.ndarray]) -> str:
     return whole.hexdigest()
 
 
-def append_rollout(
-    store: trajstore.Store, seed: int, number: int, *, batch: int = 0, length: int | None = None
-) -> Any:
+def append_rollout(store: trajstore.Store, seed: int, number: int, *, batch: int = 0, length: int | None = None) -> Any:
     """Append one; ``batch`` names the flush that it belongs to. Returns the reference."""
     tree = nested(rollout(seed, number, length=length))
     fields = {"seed": seed, "number": number, "batch": batch, "fixed_length": length or 0}
     return store.append(tree, terminated=number % 2 == 0, metadata=fields)
 
 
-def stream_rollout(
-    store: trajstore.Store, seed: int, number: int, *, length: int, batch: int = 0
-) -> Any:
+def stream_rollout(store: trajstore.Store, seed: int, number: int, *, length: int, batch: int = 0) -> Any:
     """The same, step by step. Returns the reference."""
     flat = rollout(seed, number, length=length)
     fields = {"seed": seed, "number": number, "batch": batch, "fixed_length": length}

@@ -51,7 +51,7 @@ def unseal(data: bytes, *, key: str) -> dict[str, Any]:
     if hashlib.sha256(body).hexdigest() != found:
         raise CorruptionError(f"{key} does not match its own sha256: its bytes were changed; restore it from a copy")
     version = document.get("format")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version > FORMAT_VERSION:
         raise FormatVersionError(
             f"{key} has format {version}, this trajstore reads up to {FORMAT_VERSION}; upgrade trajstore"
         )

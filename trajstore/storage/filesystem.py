@@ -61,6 +61,7 @@ class Filesystem(ABC):
 
     url: str
     description: str  # for messages
+    single_writer: bool  # the caller promises that nobody else writes
     # How many bytes an object may have before it is streamed while it grows instead of kept until it is whole.
     stream_threshold_bytes: int
     # Distance of two ranges that are cheaper to read in one go than in two.

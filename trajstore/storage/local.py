@@ -50,7 +50,7 @@ class LocalFilesystem(Filesystem):
         self.root = root
         self.url = root
         self.description = root
-        self._single_writer = single_writer
+        self.single_writer = single_writer
         self._workers = Workers(threads, name="trajstore-disk")
         self._known_directories: set[str] = set()
         self._synced_in_root: set[str] = set()
@@ -248,7 +248,7 @@ class LocalFilesystem(Filesystem):
                 raise
         else:
             return True
-        if not self._single_writer:
+        if not self.single_writer:
             raise UnsupportedStorageError(
                 f"{self.root} has neither hard links nor renameat2(RENAME_NOREPLACE), so two writers could overwrite each "
                 "other's commits; put the store elsewhere, or pass single_writer=True if nobody else writes it"

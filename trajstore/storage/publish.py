@@ -30,6 +30,8 @@ _TAKEN = frozenset(
     }
 )
 
+_NO_CONDITIONS = frozenset({"NotImplemented", "501"})
+
 
 def create_function(fs: AbstractFileSystem) -> Callable[[str, bytes], None] | None:
     """How this filesystem puts an object only if there is none, or None if it cannot.
@@ -77,15 +79,19 @@ def create(
                 "overwrite each other's commits; use a local disk, S3, Google Cloud Storage or Azure, or pass "
                 "single_writer=True if nobody else writes this store"
             )
-        if read_back() is not None:
-            return False
-        fs.pipe_file(path, data)
-        return True
+        return _look_then_put(fs, path, data, read_back)
     try:
         for attempt in retrying():
             with attempt:
                 return _attempt(put, path, data, read_back)
     except Exception as error:
+        if error_codes(error) & _NO_CONDITIONS:
+            if single_writer:
+                return _look_then_put(fs, path, data, read_back)
+            raise UnsupportedStorageError(
+                f"the server of {path} knows no If-None-Match ({error}), so two writers could overwrite each other's commits; "
+                "use another server, or pass single_writer=True if nobody else writes this store"
+            ) from error
         if is_transient(error) and not isinstance(error, CommitOutcomeUnknownError):
             raise _unknown(path, error) from error
         raise
@@ -106,6 +112,14 @@ def _attempt(put: Callable[[str, bytes], None], path: str, data: bytes, read_bac
         if found is None:
             raise  # refused or lost, and nobody is there: once more
         return found == data
+    return True
+
+
+def _look_then_put(fs: AbstractFileSystem, path: str, data: bytes, read_back: Callable[[], bytes | None]) -> bool:
+    """What remains where nothing is atomic and nobody else writes."""
+    if read_back() is not None:
+        return False
+    fs.pipe_file(path, data)
     return True
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -53,7 +53,7 @@ class RemoteFilesystem(Filesystem):
         self.root = root.rstrip("/")
         self.url = url
         self.description = url
-        self._single_writer = single_writer
+        self.single_writer = single_writer
         self._pid = os.getpid()
         # s3fs asks for the size of a whole object first, to fetch a large one in parts: one GET is what these objects need.
         whole_in_one_get = "max_concurrency" in inspect.signature(getattr(fs, "_cat_file", fs.cat_file)).parameters
@@ -113,7 +113,7 @@ class RemoteFilesystem(Filesystem):
                 self.fs,
                 self._path(key),
                 data,
-                single_writer=self._single_writer,
+                single_writer=self.single_writer,
                 read_back=lambda: self.read(key),
             )
 

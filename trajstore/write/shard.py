@@ -1,7 +1,7 @@
 """One column of a segment under construction, page by page: a Zarr shard, or an Arrow file of several columns.
 
 Invariant: pages lie in the object in row order, without gaps; every page but the last is full, and a short last page of a
-tensor is filled up with zeros, because a Zarr chunk always has its full shape.
+tensor is filled up with zeros, because a Zarr chunk always has its full shape. An only page has the column's own length.
 """
 
 from __future__ import annotations
@@ -138,6 +138,8 @@ class ShardBuilder:
 
     def close_pages(self) -> None:
         """No more rows will come: the last block is as full as it gets."""
+        if self.rows < self.page_rows:
+            self.page_rows = self.rows  # the only page is no longer than it must be
         if self._filled:
             self._close_block()
 
@@ -159,7 +161,7 @@ class ShardBuilder:
     def finish(self) -> PageSource:
         """End the object with its shard index. All pages must have been drained."""
         self.object.add(self.object.shard_index())
-        return self.object.source([self.column.path], self.rows, self.zarr_array().page_rows, self.codec.name)
+        return self.object.source([self.column.path], self.rows, self.page_rows, self.codec.name)
 
     def zarr_array(self) -> ZarrArray:
         """The finished column for the Zarr metadata."""

@@ -215,11 +215,11 @@ class Writer:
                 raise ClosedError(_LOST_STREAM)
             try:
                 self._append_rows(builder, columns)
-            self._wake_if_needed()
             except BaseException:  # as in append
                 self._streaming.remove(builder)
                 builder.abandon()
                 raise
+            self._wake_if_needed()
 
     def end_stream(
         self,
