@@ -19,15 +19,8 @@ from hypothesis.extra import numpy as hnp
 from tests.support.strategies import NUMERIC, VARIABLE, bits, columns, numbers, rows
 from trajstore import Column, LengthError, Schema, errors
 from trajstore.schema import flatten
-from trajstore.values import (
-    check_rows,
-    check_trajectory,
-    exact_cast,
-    from_physical,
-    infer_columns,
-    rows_of,
-    to_user,
-)
+from trajstore.stored import exact_cast, from_physical, to_user
+from trajstore.values import check_rows, check_trajectory, infer_columns, rows_of
 
 SHAPES = [(), (3,), (2, 1, 2)]
 PLAIN = [d for d in NUMERIC if d != "bfloat16"]

@@ -28,7 +28,7 @@ from rich.table import Table
 
 import trajstore
 from trajstore import report
-from trajstore.values import Array
+from trajstore.stored import Array
 
 if TYPE_CHECKING:
     import gymnasium

@@ -1,4 +1,4 @@
-"""What people hand in, turned into the bits that are stored; and back.
+"""What people hand in, turned into the bits that are stored.
 
 Invariant: no value changes on the way. Arrays and tensors must have their column's dtype exactly; Python numbers and
 lists ("weak" values, which have no dtype of their own) take the column's dtype only where every value survives.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,12 +23,8 @@ from trajstore.errors import (
     SchemaError,
     UnknownColumnError,
 )
-from trajstore.schema import VARIABLE_DTYPES, Column, Schema, canonical_dtype, flatten, physical_dtype
-
-Array = np.ndarray[Any, np.dtype[Any]]
-# Stored bits of one column: an Array (rows, *shape) in the physical dtype, or a pa.Array of `rows` strings or lists.
-# pyarrow has no types, so neither has this.
-Stored: TypeAlias = Any
+from trajstore.schema import VARIABLE_DTYPES, Column, Schema, canonical_dtype, flatten
+from trajstore.stored import Array, Stored, exact_cast, list_array, ragged_values
 
 
 @dataclass(frozen=True)
@@ -181,49 +177,7 @@ def _cast_weak(column: Column, rows: Rows) -> Rows:
         raise ColumnTypeError(f"{wrong} with values that {column.dtype} cannot hold exactly; convert them explicitly")
     if not column.ragged:
         return replace(rows, data=cast, dtype=column.dtype)
-    return replace(rows, data=_list_array(rows.data.offsets, cast, column.dtype, column.shape), dtype=column.dtype)
-
-
-def exact_cast(source: Array, from_dtype: str, to_dtype: str) -> Array | None:
-    """``source`` in the physical dtype of ``to_dtype``, or None if any value would change.
-
-    Examples:
-        >>> exact_cast(np.array([1, 2]), "int64", "float32")
-        array([1., 2.], dtype=float32)
-        >>> exact_cast(np.array([0.1]), "float64", "float32") is None
-        True
-    """
-    logical = {from_dtype, to_dtype}
-    if any(name.startswith(("datetime64", "timedelta64")) for name in logical):
-        return None
-    if from_dtype == "bool" and to_dtype != "bool":
-        return None  # True is not the number one: people who mix them made a mistake
-    if to_dtype == "bfloat16":
-        wide = exact_cast(source, from_dtype, "float64")
-        if wide is None:
-            return None
-        narrow = torch.from_numpy(wide).to(torch.bfloat16)
-        unchanged = np.array_equal(wide, narrow.to(torch.float64).numpy(), equal_nan=True)
-        return narrow.view(torch.uint16).numpy() if unchanged else None
-    target = physical_dtype(to_dtype)
-    if source.dtype.kind == "c" and target.kind != "c":
-        return None  # NumPy would only warn, and drop the imaginary parts
-    if target.kind == "c" and source.dtype.kind != "c":
-        real = exact_cast(source, from_dtype, target.type(0).real.dtype.name)
-        return None if real is None else real.astype(target)
-    with np.errstate(all="ignore"):
-        cast = source.astype(target)
-        same = np.array_equal(cast.astype(source.dtype), source, equal_nan=source.dtype.kind in "fc")
-        # 2**63 as float64 survives the way to int64 and back by saturation, and 2**63 - 1 the way to float64 and back:
-        # hold the signs and ranges too.
-        if same and source.dtype.kind in "fui" and target.kind in "ui":
-            info = np.iinfo(target)
-            same = bool(np.all(source >= info.min) and np.all(source <= info.max))
-            if same and source.dtype.kind == "f":
-                same = bool(np.all(source < float(info.max) + 1))
-        elif same and source.dtype.kind in "ui" and target.kind == "f":
-            same = bool(np.all(cast.astype(np.float64) < float(np.iinfo(source.dtype).max) + 1))
-    return cast if same else None
+    return replace(rows, data=list_array(rows.data.offsets, cast, column.dtype, column.shape), dtype=column.dtype)
 
 
 def rows_of(path: str, value: Any, column: Column | None = None) -> Rows:
@@ -409,7 +363,7 @@ def _ragged_of_tensor(rows: Rows) -> Rows:
     count, size = len(rows.data), rows.shape[0]
     values = np.ascontiguousarray(rows.data).reshape(count * size, *rows.shape[1:])
     offsets = np.arange(count + 1, dtype=np.int64) * size
-    data = _list_array(pa.array(offsets), values, rows.dtype, rows.shape[1:])
+    data = list_array(pa.array(offsets), values, rows.dtype, rows.shape[1:])
     return replace(rows, data=data, shape=rows.shape[1:], ragged=True)
 
 
@@ -435,7 +389,7 @@ def _ragged(path: str, items: Sequence[Any], column: Column | None) -> Rows:
             raise SchemaError(f"column {path!r}: every list is empty, so its dtype is unknown; declare it in a schema")
         empty = np.empty((0, *column.shape), column.physical_dtype)
         return Rows(
-            _list_array(pa.array([0] * (len(items) + 1), pa.int64()), empty, column.dtype, column.shape),
+            list_array(pa.array([0] * (len(items) + 1), pa.int64()), empty, column.dtype, column.shape),
             column.dtype,
             column.shape,
             ragged=True,
@@ -460,7 +414,7 @@ def _ragged(path: str, items: Sequence[Any], column: Column | None) -> Rows:
         arrays.append(part.data.reshape(len(part), *widest.shape))
     offsets = np.zeros(len(items) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
-    data = _list_array(pa.array(offsets), np.concatenate(arrays), widest.dtype, widest.shape)
+    data = list_array(pa.array(offsets), np.concatenate(arrays), widest.dtype, widest.shape)
     return Rows(data, widest.dtype, widest.shape, ragged=True, weak=not firm)
 
 
@@ -478,63 +432,3 @@ def _ragged_strings(path: str, items: Sequence[Any], dtype: str) -> Rows:
     np.cumsum([len(item) for item in items], out=offsets[1:])
     values = _string_array(path, [i for item in items for i in item], dtype)
     return Rows(pa.LargeListArray.from_arrays(pa.array(offsets), values), dtype, (), ragged=True)
-
-
-def _list_array(offsets: pa.Array, values: Array, dtype: str, shape: tuple[int, ...]) -> pa.Array:
-    return pa.LargeListArray.from_arrays(offsets, element_array(values, dtype, shape))
-
-
-def element_array(values: Array, dtype: str, shape: tuple[int, ...]) -> pa.Array:
-    """List elements ``(n, *shape)`` as an Arrow array: fixed-size lists for shapes, pairs of floats for complex."""
-    if dtype.startswith("complex"):
-        half = values.dtype.type(0).real.dtype
-        values, shape = np.ascontiguousarray(values).view(half), (*shape, 2)
-    size = int(np.prod(shape, dtype=np.int64))
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, size) if shape else flat
-
-
-def to_user(column: Column, stored: Stored) -> Any:
-    """Stored rows as people use them.
-
-    Returns:
-        A NumPy array ``(rows, *shape)``; a ``torch.bfloat16`` tensor for bfloat16, which NumPy lacks; an object array of
-        ``str`` or ``bytes``; an object array of such arrays for ragged columns.
-    """
-    if column.ragged:
-        out = np.empty(len(stored), object)
-        offsets = stored.offsets.to_numpy()
-        values = ragged_values(column, stored)
-        for row in range(len(stored)):
-            out[row] = values[offsets[row] - offsets[0] : offsets[row + 1] - offsets[0]]
-        return out
-    if column.dtype in VARIABLE_DTYPES:
-        return _object_array(stored)
-    return from_physical(column.dtype, np.asarray(stored))
-
-
-def ragged_values(column: Column, stored: pa.Array) -> Any:
-    """All list elements of ``stored`` end to end, ``(n, *shape)``."""
-    offsets = stored.offsets
-    values = stored.values.slice(offsets[0].as_py(), offsets[-1].as_py() - offsets[0].as_py())
-    if column.dtype in VARIABLE_DTYPES:
-        return _object_array(values)
-    count = len(values)
-    flat = values.flatten() if isinstance(values, pa.FixedSizeListArray) else values
-    array = flat.to_numpy(zero_copy_only=False)
-    if column.dtype.startswith("complex"):
-        array = array.view(column.dtype)
-    return from_physical(column.dtype, np.array(array).reshape(count, *column.shape))  # a copy: Arrow's is read-only
-
-
-def from_physical(dtype: str, array: Array) -> Any:
-    """Stored bits as an array of the logical dtype; a torch tensor for bfloat16."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(np.array(array)).view(torch.bfloat16)
-    return array.view(dtype) if dtype.startswith(("datetime64", "timedelta64")) else array
-
-
-def _object_array(stored: pa.Array) -> Array:
-    out = np.empty(len(stored), object)
-    out[:] = stored.to_pylist()
-    return out

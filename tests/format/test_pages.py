@@ -17,7 +17,8 @@ from trajstore import CorruptionError
 from trajstore.format import pages
 from trajstore.format.codecs import CODECS
 from trajstore.format.pages import PageSource
-from trajstore.values import check_rows, rows_of, to_user
+from trajstore.stored import to_user
+from trajstore.values import check_rows, rows_of
 
 SOURCES = [
     {"object": "obs/image/c.0.0", "columns": ["obs/image"], "rows": 7, "page_rows": 4, "codec": "zstd"},

@@ -86,4 +86,3 @@ def anywhere(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
         options = s3_server.s3fs_options(url, client_kwargs={})  # it knows no regions
         s3fs.S3FileSystem(**options).mkdir(name)
     return f"s3://{name}/runs/demo", options
-

@@ -19,7 +19,7 @@ def race_and_check(url: str, options: dict, *, writers: int, commits: int) -> in
     with trajstore.open(url, storage_options=options) as store:
         assert_exactly_once(store, reports, commits=commits)
     lost = sum(report.races_lost for report in reports)
-    print(f'{lost} races lost in {writers * commits} commits')
+    print(f"{lost} races lost in {writers * commits} commits")
     return lost
 
 

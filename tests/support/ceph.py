@@ -74,9 +74,7 @@ def ceph_server(folder: Path) -> Iterator[str]:
     fsid = str(uuid.uuid4())
     monitor, gateway = f"127.0.0.1:{_free_port()}", _free_port()
     config = folder / "ceph.conf"
-    config.write_text(
-        _CONFIG.format(fsid=fsid, monitor=monitor, gateway=gateway, folder=folder, memory=_MEMORY_BYTES)
-    )
+    config.write_text(_CONFIG.format(fsid=fsid, monitor=monitor, gateway=gateway, folder=folder, memory=_MEMORY_BYTES))
     environ = {**os.environ, "CEPH_CONF": str(config)}
 
     def run(*command: str) -> None:

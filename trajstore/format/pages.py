@@ -20,7 +20,7 @@ import pyarrow as pa
 from trajstore.errors import CorruptionError
 from trajstore.format.codecs import ARROW_CODECS, CODECS
 from trajstore.schema import VARIABLE_DTYPES, Column
-from trajstore.values import Array, Stored
+from trajstore.stored import Array, Stored
 
 _METADATA_KEY = b"trajstore.sources"
 

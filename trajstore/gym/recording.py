@@ -25,7 +25,7 @@ from trajstore.errors import (
 )
 from trajstore.gym.spaces import SpaceColumns, same_values
 from trajstore.schema import Column, Schema
-from trajstore.values import Array
+from trajstore.stored import Array
 
 if TYPE_CHECKING:
     from trajstore.write.episode import Episode

@@ -20,7 +20,7 @@ from gymnasium import spaces
 
 from trajstore.errors import ColumnNameError, ColumnShapeError, ColumnTypeError, SchemaError
 from trajstore.schema import Column, Schema
-from trajstore.values import Array
+from trajstore.stored import Array
 
 _ARRAY_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 

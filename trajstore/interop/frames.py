@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from trajstore.errors import SelectionError
-from trajstore.values import Array
+from trajstore.stored import Array
 
 # Of the table, what people ask for; where a trajectory lies is the store's business.
 _SHOWN = ("uuid", "length", "terminated", "truncated", "reward_sum", "created_at")

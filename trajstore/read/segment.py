@@ -22,7 +22,7 @@ from trajstore.format.pages import PageSource, checksum, decode_page_index, deco
 from trajstore.schema import Column, Schema
 from trajstore.storage.filesystem import Buffer, ByteRange, Filesystem
 from trajstore.storage.workers import Workers
-from trajstore.values import Array, Stored
+from trajstore.stored import Array, Stored
 
 _READ_AHEAD_BYTES = 32 * 1024 * 1024
 # Decoding fewer bytes than this is not worth handing to another thread.

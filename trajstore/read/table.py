@@ -14,7 +14,7 @@ import pyarrow as pa
 from trajstore.errors import UntrustedBaseError
 from trajstore.format.manifest import INDEX_FIELDS, SegmentEntry, live_rows, table_schema
 from trajstore.storage.commit import History, Version
-from trajstore.values import Array
+from trajstore.stored import Array
 
 
 class TrajectoryTable:

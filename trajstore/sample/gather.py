@@ -13,7 +13,7 @@ import torch
 
 from trajstore.errors import SelectionError, UnknownColumnError
 from trajstore.schema import VARIABLE_DTYPES, Column
-from trajstore.values import Array, ragged_values, to_user
+from trajstore.stored import Array, ragged_values, to_user
 
 if TYPE_CHECKING:
     from trajstore.view import Trajectory, View

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from trajstore.errors import SelectionError
-from trajstore.values import Array
+from trajstore.stored import Array
 
 
 class AnchorIndex:

@@ -153,7 +153,9 @@ class RemoteFilesystem(Filesystem):
                 ) from error
             if "NoCredentials" in type(error).__name__ or error_codes(error) & {"401", "403"}:
                 raise StoragePermissionError(f"{where}: access refused ({error}); check the credentials") from error
-            raise StorageError(getattr(error, "errno", None) or errno.EIO, f"{where}: {str(error) or repr(error)}") from error
+            raise StorageError(
+                getattr(error, "errno", None) or errno.EIO, f"{where}: {str(error) or repr(error)}"
+            ) from error
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"

@@ -23,7 +23,8 @@ from trajstore.errors import (
 )
 from trajstore.format.manifest import check_metadata
 from trajstore.schema import Column, Schema, flatten
-from trajstore.values import Array, Rows, Stored, check_rows, rows_of
+from trajstore.stored import Array, Stored
+from trajstore.values import Rows, check_rows, rows_of
 from trajstore.write.segment import SegmentBuilder
 from trajstore.write.writer import TrajectoryRef, Writer, total_reward
 

@@ -20,7 +20,7 @@ from trajstore.format.zarr_metadata import group_documents
 from trajstore.schema import Column
 from trajstore.storage.filesystem import Buffer, Filesystem, ObjectStream
 from trajstore.storage.workers import Workers
-from trajstore.values import Stored
+from trajstore.stored import Stored
 from trajstore.write.blocks import BlockPool
 from trajstore.write.shard import ArrowFileBuilder, ObjectBuilder, ShardBuilder
 

@@ -28,7 +28,7 @@ from trajstore.format.zarr_metadata import ZarrArray
 from trajstore.schema import Column
 from trajstore.storage.filesystem import Buffer
 from trajstore.storage.workers import Workers
-from trajstore.values import Array, Stored
+from trajstore.stored import Array, Stored
 from trajstore.write.blocks import Block, BlockPool
 
 _BLOCK_BYTES = 1 << 20

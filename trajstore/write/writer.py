@@ -42,7 +42,8 @@ from trajstore.schema import Column, Schema
 from trajstore.storage.commit import Append, History, Version
 from trajstore.storage.filesystem import Filesystem, ObjectStream
 from trajstore.storage.workers import FORKED, Workers
-from trajstore.values import Stored, check_trajectory
+from trajstore.stored import Stored
+from trajstore.values import check_trajectory
 from trajstore.write.blocks import BlockPool
 from trajstore.write.segment import SegmentBuilder
 
