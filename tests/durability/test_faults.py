@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.faulty import DISK_FAULTS, FAULTS, Faults, FaultyDisk, faulty_bucket
@@ -25,15 +26,21 @@ from tests.support.rollouts import (
     append_rollout,
     check_store,
     make_pages_small,
+    rollout,
     stream_rollout,
 )
-from trajstore.errors import CommitOutcomeUnknownError, StorageError, TrajstoreError
+from trajstore.errors import ClosedError, CommitOutcomeUnknownError, StorageError, TrajstoreError
+from trajstore.schema import Column
 from trajstore.storage import commit, retry
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.local import LocalFilesystem
+from trajstore.storage.workers import Workers
 from trajstore.store import Store, open_on
+from trajstore.write.blocks import BlockPool
+from trajstore.write.episode import Episode
+from trajstore.write.segment import SegmentBuilder
 from trajstore.write.shard import ArrowFileBuilder, ShardBuilder
-from trajstore.write.writer import WriteOptions
+from trajstore.write.writer import WriteOptions, Writer
 
 _STREAM_STEPS = 60
 _OPTIONS = WriteOptions(spill_bytes=1024)
@@ -278,6 +285,53 @@ def test_a_full_disk_says_how_much_was_lost_and_takes_appends_once_there_is_room
         later = append_rollout(store, 0, 3)
         store.flush()
         assert check_store(store, [acknowledge(kept, 0, 0), acknowledge(later, 0, 3)]) == 2
+
+
+def _add_until_told(writer: Writer, episode: Episode, flat: Mapping[str, np.ndarray]) -> None:
+    """Add steps; the background fails meanwhile, or soon after, and the next call says so."""
+    for step in range(len(flat["action"])):
+        episode.add(image=flat["obs/image"][step], action=flat["action"][step])
+    with writer._condition:
+        assert writer._condition.wait_for(lambda: writer._errors, 30)
+    writer.flush()
+
+
+def test_an_episode_whose_segment_could_not_be_written_says_so_at_its_end() -> None:
+    """The background has told of the failure already; ending the episode must not make half of it visible."""
+    faults = Faults("refuse", forever=True)
+    faults.kind = None
+    flat = rollout(0, 0, length=200)
+    with open_on(faulty_bucket({}, faults), "a", options=_OPTIONS) as store:
+        writer = store._writer
+        assert writer is not None
+        episode = store.begin()
+        faults.kind = "refuse"
+        with pytest.raises(StorageError, match="InvalidRequest"):
+            _add_until_told(writer, episode, flat)
+        faults.kind = None
+        with pytest.raises(ClosedError, match="begin the episode again"):
+            episode.end()
+        ref = store.append({"image": flat["obs/image"][:9], "action": flat["action"][:9]})
+        store.flush()
+        assert [trajectory.uuid for trajectory in store.trajectories] == [ref.uuid]
+
+
+def test_a_segment_that_could_not_be_drained_is_never_finished() -> None:
+    """Its batch may have been queued for commit meanwhile; pages are missing, so it must fail there too."""
+    faults = Faults("refuse", 0)
+    workers = Workers(1, name="test")
+    column = Column(path="x", dtype="uint8", shape=(64,))
+    builder = SegmentBuilder(
+        [column], preset="none", filesystem=faulty_bucket({}, faults), workers=workers, blocks=BlockPool(0)
+    )
+    builder.append_rows({"x": np.zeros((100, 64), np.uint8)})
+    builder.end_trajectory(100)
+    builder.close_pages()
+    with pytest.raises(StorageError, match="InvalidRequest"):
+        builder.drain(wait=True)
+    with pytest.raises(StorageError, match="InvalidRequest"):
+        builder.finish()
+    workers.close()
 
 
 @pytest.mark.parametrize("most", [1, 7, 100])

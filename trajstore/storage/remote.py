@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fsspec import AbstractFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from trajstore.errors import (
     CorruptionError,
@@ -215,3 +216,6 @@ class _RemoteStream(ObjectStream):
                 self._file.discard()
         except StorageError as error:
             _log.warning("an upload that was given up stays behind: %s", error)
+        finally:
+            if isinstance(self._file, AbstractBufferedFile):
+                self._file.closed = True  # else it would be finished when it is garbage-collected

@@ -76,9 +76,14 @@ class SegmentBuilder:
         self._broken: Exception | None = None
 
     @property
-    def in_flight_bytes(self) -> int:
-        """Bytes of full blocks that are not yet encoded."""
-        return sum(shard.submitted_bytes - shard.drained_bytes for shard in self._shards.values())
+    def full_bytes(self) -> int:
+        """Bytes of rows in full blocks that wait for a worker."""
+        return sum(shard.full_bytes for shard in self._shards.values())
+
+    @property
+    def encoding_bytes(self) -> int:
+        """Bytes of rows that the workers have."""
+        return sum(shard.encoding_bytes for shard in self._shards.values())
 
     def append_rows(self, columns: Mapping[str, Stored]) -> None:
         """Copy rows of the trajectory that is being appended; columns may be at different steps."""

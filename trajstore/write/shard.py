@@ -34,6 +34,7 @@ from trajstore.write.blocks import Block, BlockPool
 _BLOCK_BYTES = 1 << 20
 _IPC_MAGIC_BYTES = 8
 _EncodedPages = list[tuple[bytes, int]]
+_FullBlock = tuple[Block, Array, int]  # memory, its rows, how many are filled
 
 
 class ObjectBuilder:
@@ -107,15 +108,27 @@ class ShardBuilder:
         self.object = ObjectBuilder(shard_name(column.path, 1 + len(column.shape)))
         self._workers = workers
         self._blocks = blocks
-        self._pages_per_block = max(1, _BLOCK_BYTES // max(1, self.page_rows * column.row_bytes))
-        self._block_rows = self._pages_per_block * self.page_rows
+        self._row_bytes = column.row_bytes
+        self._block_rows = max(1, _BLOCK_BYTES // (self.page_rows * self._row_bytes)) * self.page_rows
         self._block: Block | None = None
         self._staged: Array | None = None  # (block_rows, *shape), a view of the block
         self._filled = 0  # rows in the block
-        self._full: deque[tuple[Block, Array, int]] = deque()  # block, rows, how many are filled
+        self._full: deque[_FullBlock] = deque()
         self._encoding: deque[tuple[int, Future[_EncodedPages]]] = deque()
-        self.submitted_bytes = 0  # of full blocks so far
-        self.drained_bytes = 0  # of those, encoded and moved to the object
+        # Each only grows, and by one thread: the first by the one that appends, the others by the one that drains.
+        self._filled_bytes = 0  # in blocks that were full
+        self._submitted_bytes = 0  # of those, handed to the workers
+        self._drained_bytes = 0  # of those, moved to the object
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes in full blocks that wait for a worker."""
+        return self._filled_bytes - self._submitted_bytes
+
+    @property
+    def encoding_bytes(self) -> int:
+        """Bytes that the workers have."""
+        return self._submitted_bytes - self._drained_bytes
 
     def append(self, rows: Array) -> None:
         """Copy rows in: ``(n, *shape)`` of the column's physical dtype.
@@ -144,11 +157,14 @@ class ShardBuilder:
             self._close_block()
 
     def submit(self) -> None:
-        """Hand full blocks to the workers."""
-        while self._full:
-            block, staged, filled = self._full.popleft()
-            future = self._workers.submit(self._encode, block, staged, filled)
-            self._encoding.append((filled * self.column.row_bytes, future))
+        """Hand full blocks to the workers: a run of neighbours each, since a task costs as much as half a page."""
+        blocks = [self._full.popleft() for _ in range(len(self._full))]
+        size = -(-len(blocks) // self._workers.threads) or 1
+        for first in range(0, len(blocks), size):
+            run = blocks[first : first + size]
+            nbytes = sum(filled for _, _, filled in run) * self._row_bytes
+            self._submitted_bytes += nbytes
+            self._encoding.append((nbytes, self._workers.submit(self._encode, run)))
 
     def drain(self, *, wait: bool) -> None:
         """Move encoded pages to the object, in order; with ``wait``, all that were submitted."""
@@ -156,7 +172,7 @@ class ShardBuilder:
             nbytes, future = self._encoding.popleft()
             for data, crc32c in future.result():
                 self.object.add_page(data, crc32c)
-            self.drained_bytes += nbytes
+            self._drained_bytes += nbytes
 
     def finish(self) -> PageSource:
         """End the object with its shard index. All pages must have been drained."""
@@ -168,7 +184,7 @@ class ShardBuilder:
         return ZarrArray(self.column, self.rows, self.page_rows, self.codec)
 
     def _open_block(self) -> None:
-        nbytes = self._block_rows * self.column.row_bytes
+        nbytes = self._block_rows * self._row_bytes
         self._block = self._blocks.take(nbytes)
         flat = self._block[:nbytes].view(self.column.physical_dtype)
         self._staged = flat.reshape(self._block_rows, *self.column.shape)
@@ -177,23 +193,24 @@ class ShardBuilder:
     def _close_block(self) -> None:
         assert self._block is not None
         assert self._staged is not None
-        self.submitted_bytes += self._filled * self.column.row_bytes
+        self._filled_bytes += self._filled * self._row_bytes
         self._full.append((self._block, self._staged, self._filled))
         self._block = self._staged = None
         self._filled = 0
 
-    def _encode(self, block: Block, staged: Array, filled: int) -> _EncodedPages:
-        try:
-            pages = []
-            for start in range(0, filled, self.page_rows):
-                stop = start + self.page_rows
-                if stop > filled:
-                    staged[filled:stop] = 0
-                data = bytes(self.codec.encode(staged[start:stop]))
-                pages.append((data, checksum(data)))
-            return pages
-        finally:
-            self._blocks.give(block)
+    def _encode(self, blocks: Sequence[_FullBlock]) -> _EncodedPages:
+        pages = []
+        for block, staged, filled in blocks:
+            try:
+                for start in range(0, filled, self.page_rows):
+                    stop = start + self.page_rows
+                    if stop > filled:
+                        staged[filled:stop] = 0
+                    data = bytes(self.codec.encode(staged[start:stop]))
+                    pages.append((data, checksum(data)))
+            finally:
+                self._blocks.give(block)
+        return pages
 
 
 class ArrowFileBuilder:

@@ -49,6 +49,8 @@ from trajstore.write.segment import SegmentBuilder
 
 _MAX_QUEUED_BATCHES = 4
 _PUMP_INTERVAL_S = 0.01
+# Full blocks are handed to the workers in lots of this many bytes: waking threads for each would slow ``append`` down.
+_SUBMIT_BYTES = 4 * 1024 * 1024
 _LOST_STREAM = "this episode's segment could not be written; begin the episode again"
 
 
@@ -67,7 +69,7 @@ class WriteOptions:
     codec: str | None = None
     segment_bytes: int = 256 * 1024 * 1024
     commit_interval_s: float = 30.0
-    write_buffer_bytes: int = 256 * 1024 * 1024
+    write_buffer_bytes: int = 64 * 1024 * 1024  # within reach of a processor's cache: encoding is faster there
     spill_bytes: int = 16 * 1024 * 1024
 
     def __post_init__(self) -> None:
@@ -301,15 +303,19 @@ class Writer:
             raise first
 
     def _wait_for_room(self) -> None:
-        limit = self.options.write_buffer_bytes
-        self._condition.wait_for(
-            lambda: (len(self._queue) < _MAX_QUEUED_BATCHES and self._in_flight_bytes() < limit) or self._errors
-        )
+        if self._has_room() and not self._errors:
+            return
+        self._pump_wanted = True
+        self._wake()
+        self._condition.wait_for(lambda: self._has_room() or self._errors)
         self._raise_background_errors()
 
-    def _in_flight_bytes(self) -> int:
+    def _has_room(self) -> bool:
+        if len(self._queue) >= _MAX_QUEUED_BATCHES:
+            return False
         batches = (self._open, *self._queue)
-        return sum(b.in_flight_bytes for b in (*self._streaming, *(b for batch in batches for b in batch.builders)))
+        builders = [*self._streaming, *(b for batch in batches for b in batch.builders)]
+        return sum(b.full_bytes + b.encoding_bytes for b in builders) < self.options.write_buffer_bytes
 
     def _new_builder(self, columns: list[Column]) -> SegmentBuilder:
         return SegmentBuilder(
@@ -321,9 +327,8 @@ class Writer:
         )
 
     def _append_rows(self, builder: SegmentBuilder, columns: Mapping[str, Stored]) -> None:
-        before = builder.in_flight_bytes
         builder.append_rows(columns)
-        if builder.in_flight_bytes > before:
+        if builder.full_bytes >= min(_SUBMIT_BYTES, self.options.write_buffer_bytes // 2):
             self._pump_wanted = True
 
     def _add_row(
@@ -404,7 +409,7 @@ class Writer:
         return bool(self._queue) or self._pump_wanted or self._closing
 
     def _seconds_to_wake(self) -> float | None:
-        if any(b.in_flight_bytes for b in (*self._streaming, *self._open.builders)):
+        if any(b.encoding_bytes for b in (*self._streaming, *self._open.builders)):
             return _PUMP_INTERVAL_S
         return self._seconds_to_deadline() if self._open.rows else None
 
@@ -509,7 +514,7 @@ def total_reward(schema: Schema, columns: Mapping[str, Stored]) -> float | None:
         return None
     if column.dtype == "bfloat16" or column.physical_dtype.kind == "c" or column.dtype.startswith(("date", "time")):
         return None
-    return float(np.sum(columns["reward"], dtype=np.float64))
+    return float(columns["reward"].sum(dtype=np.float64))
 
 
 def _checked_metadata(metadata: Mapping[str, Any], schema: Schema) -> tuple[dict[str, Any], Schema]:
