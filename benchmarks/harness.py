@@ -47,6 +47,9 @@ class Timing:
     """The runs of one contender, in the order they were made."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[
+        float, ...
+    ] = ()  # of the whole process, all threads: what noise from others touches least
 
     @property
     def median_s(self) -> float:
@@ -63,6 +66,7 @@ class Timing:
             "p25_s": _significant(ordered[quarter]),
             "p75_s": _significant(ordered[-1 - quarter]),
             "max_s": _significant(ordered[-1]),
+            "median_cpu_s": _significant(statistics.median(self.cpu_seconds)) if self.cpu_seconds else 0.0,
             "runs": len(ordered),
         }
 
@@ -79,19 +83,21 @@ def alternate(
     ``tick`` is called after each round, for a progress bar.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    cpu_seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for round_index in range(warmup + rounds):
         for contender in contenders:
             prepared = contender.prepare() if contender.prepare else None
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             contender.run(prepared)
-            elapsed = time.perf_counter() - begin
+            elapsed, elapsed_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
             if contender.cleanup:
                 contender.cleanup(prepared)
             if round_index >= warmup:
                 seconds[contender.name].append(elapsed)
+                cpu_seconds[contender.name].append(elapsed_cpu)
         if tick:
             tick()
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+    return {name: Timing(tuple(values), tuple(cpu_seconds[name])) for name, values in seconds.items()}
 
 
 def ratio_of_medians(timings: Mapping[str, Timing], numerator: str, denominator: str) -> float:

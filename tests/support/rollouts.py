@@ -16,7 +16,7 @@ import numpy as np
 
 import trajstore
 from trajstore.format import codecs
-from trajstore.write import shard
+from trajstore.write import shard, writer
 
 _COLUMNS = ("obs/image", "obs/state", "action", "reward", "note")
 
@@ -32,6 +32,7 @@ def make_pages_small(set_attribute: Callable[[Any, str, Any], None]) -> None:
         (codecs, "TARGET_PAGE_BYTES", 256),
         (shard, "TARGET_ARROW_PAGE_BYTES", 512),
         (shard, "_BLOCK_BYTES", 1024),
+        (writer, "_SUBMIT_BYTES", 1024),
     ):
         assert hasattr(module, name)
         set_attribute(module, name, value)
