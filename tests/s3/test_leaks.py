@@ -33,7 +33,7 @@ if ending == "failed":
 def test_a_program_ends_silently_and_what_it_appended_is_there(bucket, options, open_store, ending):
     arguments = json.dumps([f"s3://{bucket}/runs/demo", options, ending])
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", PROGRAM, arguments],
+        [sys.executable, "-W", "error", "-c", PROGRAM, arguments],
         capture_output=True,
         text=True,
         timeout=120,

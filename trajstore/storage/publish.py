@@ -89,8 +89,8 @@ def create(
             if single_writer:
                 return _look_then_put(fs, path, data, read_back)
             raise UnsupportedStorageError(
-                f"the server of {path} knows no If-None-Match ({error}), so two writers could overwrite each other's commits; "
-                "use another server, or pass single_writer=True if nobody else writes this store"
+                f"the server of {path} knows no If-None-Match ({error}), so two writers could overwrite each other's "
+                "commits; use another server, or pass single_writer=True if nobody else writes this store"
             ) from error
         if is_transient(error) and not isinstance(error, CommitOutcomeUnknownError):
             raise _unknown(path, error) from error
