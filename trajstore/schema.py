@@ -164,6 +164,11 @@ class Column:
         return physical_dtype(self.dtype)
 
     @cached_property
+    def array_dtype(self) -> np.dtype[Any] | None:
+        """The dtype of arrays that are stored as they are; None if rows are converted (bfloat16, datetimes, text, lists)."""
+        return self.physical_dtype if not self.is_variable and self.dtype == self.physical_dtype.name else None
+
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one step's value in memory; of one list element if ragged; 0 for strings and bytes."""
         if self.dtype in VARIABLE_DTYPES:
@@ -421,7 +426,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if not isinstance(key, str):
             raise ColumnNameError(f"column name {key!r} under {prefix or 'the top'!r} is not a string")
         path = f"{prefix}/{key}" if prefix else key
-        leaves = flatten(value, path) if isinstance(value, Mapping) else {path: value}
+        nested = type(value) is not np.ndarray and isinstance(value, Mapping)
+        leaves = flatten(value, path) if nested else {path: value}
         if not leaves:
             raise ColumnNameError(f"column {path!r} is an empty mapping; leave it out")
         for leaf in leaves:

@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Callable
 
-import fsspec.registry
 import numpy as np
 import pytest
 import s3fs
+from fsspec.registry import _registry
 
 import trajstore
 from tests.s3.trajectories import assert_holds, trajectory
@@ -108,7 +108,7 @@ class TestNoAccess:
 class TestNoClient:
     def test_a_missing_s3fs_is_named_with_how_to_install_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "s3fs", None)
-        monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+        monkeypatch.delitem(_registry, "s3", raising=False)
         with pytest.raises(StorageError, match=r"pip install 'trajstore\[s3\]'"):
             trajstore.open("s3://bucket/demo")
 
@@ -285,7 +285,7 @@ def test_a_commit_whose_outcome_stays_unknown_says_so(s3, open_store, impatient)
         store.append(trajectory(1))
         store.flush()
     found = open_store().trajectories
-    assert [t.uuid for t in found][0] == ref.uuid
+    assert found[0].uuid == ref.uuid
     assert_holds(found, [trajectory(0), trajectory(1)])
 
 
@@ -307,9 +307,11 @@ class TestHang:
         with open_store("x", storage_options=hasty) as store:
             store.append(trajectory(0))
             begun = time.monotonic()
-            with s3.failing(lambda request: Hang() if is_version(request) else None):
-                with pytest.raises(CommitOutcomeUnknownError):
-                    store.flush()
+            with (
+                s3.failing(lambda request: Hang() if is_version(request) else None),
+                pytest.raises(CommitOutcomeUnknownError),
+            ):
+                store.flush()
             assert time.monotonic() - begun < 30
 
     def test_a_flush_with_a_limit_waits_no_longer_and_the_commit_goes_on(self, s3, open_store):
@@ -323,9 +325,12 @@ class TestHang:
 
 
 def test_a_server_that_keeps_refusing_is_an_error_and_not_for_ever(s3, open_store, impatient):
-    with s3.recording() as log, s3.failing(lambda request: Refuse(503, "SlowDown")):
-        with pytest.raises(StorageError, match="injected by the test"):
-            open_store(storage_options=impatient)
+    with (
+        s3.recording() as log,
+        s3.failing(lambda request: Refuse(503, "SlowDown")),
+        pytest.raises(StorageError, match="injected by the test"),
+    ):
+        open_store(storage_options=impatient)
     assert len(log) <= 12, str(log)
 
 

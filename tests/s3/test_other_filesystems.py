@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 
 import trajstore
 from tests.s3.trajectories import assert_holds, trajectory
@@ -60,9 +61,7 @@ class FileHandler(http.server.SimpleHTTPRequestHandler):
 def website(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[str, bool]]:
     """URL of the folder, and whether its server knows ranges."""
     handler = type("Handler", (FileHandler,), {"ranges": request.param})
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(handler, directory=str(folder))
-    ) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", request.param
@@ -92,7 +91,7 @@ def test_a_web_server_cannot_be_appended_to(website):
         trajstore.open(f"{url}/new", "a")
     store = trajstore.open(f"{url}/demo", "a")
     store.append(trajectory(5))
-    with pytest.raises(StorageError, match="1 trajector.* not in the store"):
+    with pytest.raises(StorageError, match=r"1 trajector.* not in the store"):
         store.close()
     with trajstore.open(f"{url}/demo") as store:
         assert store.version == 2
@@ -127,7 +126,7 @@ def shelf(tmp_path: Path) -> Iterator[str]:
     fsspec.register_implementation("shelf", ShelfFileSystem)
     (tmp_path / "shelf").mkdir()
     yield f"shelf://{tmp_path}/shelf/demo"
-    del fsspec.registry._registry["shelf"]
+    del _registry["shelf"]
 
 
 @pytest.mark.parametrize("mode", ["a", "x"])

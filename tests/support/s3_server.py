@@ -252,3 +252,6 @@ class _QuietHandler(WSGIRequestHandler):
 
     def log_request(self, *_: Any) -> None:
         pass
+
+    def connection_dropped(self, *_: Any) -> None:
+        self.close_connection = True

@@ -113,7 +113,9 @@ def _page_source(fields: Mapping[str, Any], columns: Mapping[str, Array], mine: 
 
 def checksum(stored: Any) -> int:
     """CRC-32C (RFC 3720) of a bytes-like object."""
-    return int(google_crc32c.value(stored if isinstance(stored, bytes) else np.frombuffer(stored, np.uint8)))
+    if not isinstance(stored, bytes):  # what the library takes: a copy of little, an array of much
+        stored = bytes(stored) if len(stored) < 65536 else np.frombuffer(stored, np.uint8)
+    return int(google_crc32c.value(stored))
 
 
 def arrow_type(column: Column) -> pa.DataType:

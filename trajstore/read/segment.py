@@ -7,7 +7,7 @@ checksum in the page index, and every error names the segment, the object and th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from trajstore.stored import Array, Stored
 _READ_AHEAD_BYTES = 32 * 1024 * 1024
 # Decoding fewer bytes than this is not worth handing to another thread.
 _PARALLEL_BYTES = 1 << 20
+_RUN_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,35 @@ class SegmentReader:
         if rows.start == rows.stop:
             return out
         pages = range(rows.start // source.page_rows, -(-rows.stop // source.page_rows))
-        for batch in _batches(source, pages, _READ_AHEAD_BYTES):
-            stored = self._read_pages(source, batch)
-            self._decode_parallel(source, column, rows, list(zip(batch, stored, strict=True)), out)
+        if self._filesystem.overlaps_reads:
+            for batch in _batches(source, pages, _READ_AHEAD_BYTES):
+                stored = self._read_pages(source, batch)
+                runs = self._runs(source, column, range(len(batch)))
+                self._map(
+                    lambda run, b=batch, d=stored: self._decode_run(  # type: ignore[misc]
+                        source, column, rows, [b[i] for i in run], [d[i] for i in run], out
+                    ),
+                    runs,
+                )
+        else:
+            runs = self._runs(source, column, pages)
+            self._map(lambda run: self._decode_run(source, column, rows, run, self._read_pages(source, run), out), runs)
         return out
+
+    def _runs(self, source: PageSource, column: Column, pages: range) -> list[range]:
+        """Neighbours that one thread reads and decodes together."""
+        page_bytes = source.page_rows * column.row_bytes
+        if len(pages) * page_bytes < _PARALLEL_BYTES:
+            return [pages]
+        # More runs than threads, so that one slow run does not hold up the rest; small enough to stay in a cache.
+        size = max(1, min(-(-len(pages) // (4 * self._workers.threads)), _RUN_BYTES // page_bytes))
+        return [pages[i : i + size] for i in range(0, len(pages), size)]
+
+    def _map(self, function: Callable[[range], None], runs: list[range]) -> None:
+        if len(runs) == 1:
+            function(runs[0])
+        else:
+            self._workers.map(function, runs)
 
     def _source(self, path: str) -> PageSource:
         try:
@@ -115,42 +141,32 @@ class SegmentReader:
         ranges = [ByteRange(key, int(source.offsets[p]), int(source.offsets[p]) + int(source.nbytes[p])) for p in pages]
         return self._filesystem.read_ranges(ranges)
 
-    def _decode_parallel(
-        self, source: PageSource, column: Column, rows: RowRange, pages: list[tuple[int, Buffer]], out: Array
-    ) -> None:
-        """Decode pages into their places in ``out``, a run of neighbours per thread."""
-        threads = self._workers.threads
-        if threads == 1 or len(pages) * source.page_rows * column.row_bytes < _PARALLEL_BYTES:
-            self._decode_run(source, column, rows, pages, out)
-            return
-        # More runs than threads, so that one slow run does not hold up the rest.
-        size = max(1, -(-len(pages) // (4 * threads)))
-        runs = [pages[i : i + size] for i in range(0, len(pages), size)]
-        self._workers.map(lambda run: self._decode_run(source, column, rows, run, out), runs)
-
     def _decode_run(
         self,
         source: PageSource,
         column: Column,
         rows: RowRange,
-        pages: Sequence[tuple[int, Buffer]],
+        pages: Sequence[int],
+        stored: Sequence[Buffer],
         out: Array,
     ) -> None:
+        """Decode pages into their places in ``out``."""
+        codec = codec_named(source.codec) if column.stored_in == "zarr" else None
         scratch: Array | None = None
-        for page, stored in pages:
+        for page, data in zip(pages, stored, strict=True):
             first = page * source.page_rows
             lo, hi = max(rows.start, first), min(rows.stop, first + source.page_rows)
             target = out[lo - rows.start : hi - rows.start]
-            self._verify(source, page, stored)
+            self._verify(source, page, data)
             try:
-                if column.stored_in == "arrow":
-                    target[...] = self._arrow_page(source, page, stored)[column.path][lo - first : hi - first]
+                if codec is None:
+                    target[...] = self._arrow_page(source, page, data)[column.path][lo - first : hi - first]
                 elif hi - lo == source.page_rows:
-                    codec_named(source.codec).decode_into(stored, target)
+                    codec.decode_into(data, target)
                 else:
                     if scratch is None:
                         scratch = np.empty((source.page_rows, *column.shape), column.physical_dtype)
-                    codec_named(source.codec).decode_into(stored, scratch)
+                    codec.decode_into(data, scratch)
                     target[...] = scratch[lo - first : hi - first]
             except CorruptionError as error:
                 raise CorruptionError(f"page {page} of {self._where(source)}: {error}") from error

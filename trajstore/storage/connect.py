@@ -54,7 +54,18 @@ def connect(
     except ValueError as error:
         raise StorageError(f"{address}: {error}") from error
     if protocol in ("s3", "s3a"):
-        # botocore makes five attempts and trajstore six, knowing which PUTs may have landed; those of s3fs in between would
-        # make a server that hangs take hours to be noticed.
-        fs.retries = 1
+        try:
+            _bound_waiting(fs)
+        except Exception as error:
+            raise StorageError(f"{address}: {error}; check storage_options") from error
     return RemoteFilesystem(fs, root, url=address, single_writer=single_writer)
+
+
+def _bound_waiting(fs: Any) -> None:
+    """Have a server that hangs noticed after s3fs's ``read_timeout`` times a few attempts, not after hours or never."""
+    from botocore.handlers import add_expect_header
+
+    # botocore makes five attempts, and trajstore six, knowing which PUTs may have landed; those of s3fs would multiply them.
+    fs.retries = 1
+    # After "100 Continue" aiohttp forgets its time-out (client_proto.data_received): a PUT could wait for ever.
+    fs.connect().meta.events.unregister("before-call.s3", add_expect_header)

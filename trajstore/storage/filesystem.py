@@ -64,6 +64,8 @@ class Filesystem(ABC):
     single_writer: bool  # the caller promises that nobody else writes
     # How many bytes an object may have before it is streamed while it grows instead of kept until it is whole.
     stream_threshold_bytes: int
+    # Whether ``read_runs`` has all its requests under way at once; if not, callers read from several threads.
+    overlaps_reads: bool
     # Distance of two ranges that are cheaper to read in one go than in two.
     max_gap_bytes: int
 

@@ -45,6 +45,7 @@ class LocalFilesystem(Filesystem):
 
     stream_threshold_bytes = 1 << 20
     max_gap_bytes = 64 * 1024
+    overlaps_reads = False
 
     def __init__(self, root: str, *, single_writer: bool = False, threads: int = 8) -> None:
         self.root = root
@@ -62,7 +63,7 @@ class LocalFilesystem(Filesystem):
 
     def read_runs(self, runs: Sequence[ReadRun]) -> list[Buffer]:
         """The bytes of each run."""
-        return self._workers.map(self._read_run, runs) if len(runs) > 8 else [self._read_run(run) for run in runs]
+        return [self._read_run(run) for run in runs]
 
     def stream(self, key: str) -> ObjectStream:
         """Begin a large object."""

@@ -48,6 +48,7 @@ class RemoteFilesystem(Filesystem):
 
     stream_threshold_bytes = 8 * 1024 * 1024
     max_gap_bytes = 256 * 1024
+    overlaps_reads = True
 
     def __init__(self, fs: AbstractFileSystem, root: str, *, url: str, single_writer: bool = False) -> None:
         self.fs = fs

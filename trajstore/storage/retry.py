@@ -65,6 +65,9 @@ _TRANSIENT_NAMES = frozenset(
 )
 
 
+_CODE_ATTRIBUTES = ("status", "status_code", "code", "error_code")
+
+
 def error_codes(error: BaseException) -> frozenset[str]:
     """Codes and HTTP statuses that a cloud client attached to an error or to what caused it."""
     codes: set[str] = set()
@@ -74,10 +77,8 @@ def error_codes(error: BaseException) -> frozenset[str]:
         if isinstance(response, dict):
             codes.add(str(response.get("Error", {}).get("Code", "")))
             codes.add(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", "")))
-        for attribute in ("status", "status_code", "code", "error_code"):
-            value = getattr(cause, attribute, None)
-            if isinstance(value, int | str):
-                codes.add(str(value))
+        attributes = vars(cause)  # not getattr: aiohttp's `code` is a property that warns
+        codes.update(str(v) for v in map(attributes.get, _CODE_ATTRIBUTES) if isinstance(v, int | str))
         cause = cause.__cause__
     return frozenset(codes - {""})
 
