@@ -111,6 +111,11 @@ def test_a_discarded_streaming_episode_leaves_no_upload_behind(s3, open_store, b
     assert len(open_store().trajectories) == 1
 
 
+def add_for_ever(episode: trajstore.Episode, frame: np.ndarray) -> None:
+    for n in itertools.count():
+        episode.add(obs=frame, action=n)
+
+
 def test_a_streaming_episode_whose_upload_is_refused_is_an_error_and_the_store_goes_on(s3, open_store, impatient):
     frame = np.random.default_rng(0).integers(0, 256, (512, 512), np.uint8)
     bounded = {"codec": "none", "spill_bytes": 4 << 20, "write_buffer_bytes": 4 << 20}
@@ -120,8 +125,7 @@ def test_a_streaming_episode_whose_upload_is_refused_is_an_error_and_the_store_g
         with s3.failing(lambda request: Refuse(403, "AccessDenied") if request.is_multipart else None):
             episode = store.begin()
             with pytest.raises(PermissionError):  # aborting the upload is refused as well
-                for _ in itertools.count():
-                    episode.add(obs=frame, action=1)
+                add_for_ever(episode, frame)
         episode.discard()
         store.append({"obs": np.stack([frame, frame]), "action": [2]})
         store.flush()
