@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,19 @@ class _Recorded:
     ) -> None:
         refs = [(append_rollout(store, seed, number), number, None) for number in numbers]
         for number in streamed:
-            ref = stream_rollout(store, seed, number, length=_STREAM_STEPS)
+            begun = len(self.log)
+            ref = stream_rollout(store, seed, number, length=_STREAM_STEPS, midway=partial(self.wait_for_frames, begun))
             refs.append((ref, number, _STREAM_STEPS))
         store.flush()
         for ref, number, length in refs:
             filesystem.acknowledge(acknowledge(ref, seed, number, length=length))
+
+    def wait_for_frames(self, begun: int) -> None:
+        """Until the background has written frames of the running episode, so that the rest is a part of its own."""
+        deadline = time.monotonic() + 60
+        while not any(entry[0] == "write" and "obs/image/c" in entry[1] for entry in self.log[begun:]):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
 
 class _Handle:

@@ -94,13 +94,23 @@ def append_rollout(store: trajstore.Store, seed: int, number: int, *, batch: int
     return store.append(tree, terminated=number % 2 == 0, metadata=fields)
 
 
-def stream_rollout(store: trajstore.Store, seed: int, number: int, *, length: int, batch: int = 0) -> Any:
-    """The same, step by step. Returns the reference."""
+def stream_rollout(
+    store: trajstore.Store,
+    seed: int,
+    number: int,
+    *,
+    length: int,
+    batch: int = 0,
+    midway: Callable[[], None] = lambda: None,
+) -> Any:
+    """The same, step by step; ``midway`` is called when two thirds are added. Returns the reference."""
     flat = rollout(seed, number, length=length)
     fields = {"seed": seed, "number": number, "batch": batch, "fixed_length": length}
     obs = nested(flat)["obs"]
     with store.begin(metadata=fields) as episode:
         for step in range(length):
+            if step == 2 * length // 3:
+                midway()
             episode.add(
                 obs={name: rows[step] for name, rows in obs.items()},
                 action=flat["action"][step],

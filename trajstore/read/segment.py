@@ -7,6 +7,7 @@ checksum in the page index, and every error names the segment, the object and th
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from trajstore.errors import CorruptionError, MissingObjectError, UnknownColumnE
 from trajstore.format import layout
 from trajstore.format.codecs import codec_named
 from trajstore.format.manifest import SegmentEntry
-from trajstore.format.pages import PageSource, checksum, decode_page_index, decode_record_batch
+from trajstore.format.pages import PageSource, arrow_type, checksum, decode_page_index, decode_record_batch
 from trajstore.schema import Column, Schema
 from trajstore.storage.filesystem import Buffer, ByteRange, Filesystem
 from trajstore.storage.workers import Workers
@@ -27,7 +28,8 @@ from trajstore.stored import Array, Stored
 _READ_AHEAD_BYTES = 32 * 1024 * 1024
 # Decoding fewer bytes than this is not worth handing to another thread.
 _PARALLEL_BYTES = 1 << 20
-_RUN_BYTES = 8 << 20
+# Pages smaller than this are copied: what a checksum of a view costs besides is more than the copy.
+_COPIED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -96,28 +98,28 @@ class SegmentReader:
             return out
         pages = range(rows.start // source.page_rows, -(-rows.stop // source.page_rows))
         if self._filesystem.overlaps_reads:
-            for batch in _batches(source, pages, _READ_AHEAD_BYTES):
+            for batch in _batches(source, pages):
                 stored = self._read_pages(source, batch)
-                runs = self._runs(source, column, range(len(batch)))
                 self._map(
-                    lambda run, b=batch, d=stored: self._decode_run(  # type: ignore[misc]
-                        source, column, rows, [b[i] for i in run], [d[i] for i in run], out
+                    lambda run, first=batch.start, data=stored: self._decode_run(  # type: ignore[misc]
+                        source, column, rows, run, data[run.start - first : run.stop - first], out
                     ),
-                    runs,
+                    self._runs(source, column, batch),
                 )
         else:
-            runs = self._runs(source, column, pages)
-            self._map(lambda run: self._decode_run(source, column, rows, run, self._read_pages(source, run), out), runs)
+            self._map(
+                lambda run: self._decode_run(source, column, rows, run, self._read_pages(source, run), out),
+                self._runs(source, column, pages),
+            )
         return out
 
     def _runs(self, source: PageSource, column: Column, pages: range) -> list[range]:
         """Neighbours that one thread reads and decodes together."""
-        page_bytes = source.page_rows * column.row_bytes
-        if len(pages) * page_bytes < _PARALLEL_BYTES:
+        if len(pages) * source.page_rows * column.row_bytes < _PARALLEL_BYTES:
             return [pages]
-        # More runs than threads, so that one slow run does not hold up the rest; small enough to stay in a cache.
-        size = max(1, min(-(-len(pages) // (4 * self._workers.threads)), _RUN_BYTES // page_bytes))
-        return [pages[i : i + size] for i in range(0, len(pages), size)]
+        # A few per thread, so that one slow run does not hold up the rest; each more costs a task.
+        size = -(-len(pages) // (4 * self._workers.threads))
+        return [part for i in range(0, len(pages), size) for part in _batches(source, pages[i : i + size])]
 
     def _map(self, function: Callable[[range], None], runs: list[range]) -> None:
         if len(runs) == 1:
@@ -136,28 +138,38 @@ class SegmentReader:
     def _where(self, source: PageSource) -> str:
         return f"{layout.segment_key(self.entry.uuid, source.object)} in {self._filesystem.description}"
 
-    def _read_pages(self, source: PageSource, pages: Sequence[int]) -> list[Buffer]:
+    def _read_pages(self, source: PageSource, pages: range) -> list[Buffer]:
+        """Neighbouring pages, which lie end to end in their object: one read."""
         key = layout.segment_key(self.entry.uuid, source.object)
-        ranges = [ByteRange(key, int(source.offsets[p]), int(source.offsets[p]) + int(source.nbytes[p])) for p in pages]
-        return self._filesystem.read_ranges(ranges)
+        offsets = source.offsets[pages.start : pages.stop].tolist()
+        sizes = source.nbytes[pages.start : pages.stop].tolist()
+        run = ByteRange(key, offsets[0], offsets[-1] + sizes[-1])
+        view = memoryview(self._filesystem.read_ranges([run])[0])
+        found: list[Buffer] = []
+        for offset, size in zip(offsets, sizes, strict=True):
+            page = view[offset - run.start : offset - run.start + size]
+            found.append(bytes(page) if size < _COPIED_BYTES else page)
+        return found
 
     def _decode_run(
         self,
         source: PageSource,
         column: Column,
         rows: RowRange,
-        pages: Sequence[int],
+        pages: range,
         stored: Sequence[Buffer],
         out: Array,
     ) -> None:
         """Decode pages into their places in ``out``."""
         codec = codec_named(source.codec) if column.stored_in == "zarr" else None
         scratch: Array | None = None
-        for page, data in zip(pages, stored, strict=True):
+        checksums = source.crc32c[pages.start : pages.stop].tolist()
+        for page, data, crc32c in zip(pages, stored, checksums, strict=True):
             first = page * source.page_rows
             lo, hi = max(rows.start, first), min(rows.stop, first + source.page_rows)
             target = out[lo - rows.start : hi - rows.start]
-            self._verify(source, page, data)
+            if checksum(data) != crc32c:
+                raise self._mismatch(source, page)
             try:
                 if codec is None:
                     target[...] = self._arrow_page(source, page, data)[column.path][lo - first : hi - first]
@@ -173,10 +185,13 @@ class SegmentReader:
 
     def _read_variable(self, source: PageSource, path: str, rows: RowRange) -> pa.Array:
         column = self._schema[path]
-        pages = range(rows.start // source.page_rows, max(-(-rows.stop // source.page_rows), 1))
+        if rows.start == rows.stop:
+            return pa.array([], arrow_type(column))
+        pages = range(rows.start // source.page_rows, -(-rows.stop // source.page_rows))
         parts = []
         for page, stored in zip(pages, self._read_pages(source, pages), strict=True):
-            self._verify(source, page, stored)
+            if checksum(stored) != int(source.crc32c[page]):
+                raise self._mismatch(source, page)
             first = page * source.page_rows
             try:
                 whole = self._arrow_page(source, page, stored)[column.path]
@@ -192,26 +207,19 @@ class SegmentReader:
             raise CorruptionError(f"it does not hold {source.rows_of_page(page)} rows")
         return batch
 
-    def _verify(self, source: PageSource, page: int, stored: Buffer) -> None:
-        if checksum(stored) != int(source.crc32c[page]):
-            raise CorruptionError(
-                f"page {page} of {self._where(source)} (column {', '.join(source.columns)}) does not match its checksum; "
-                "restore the object from a copy"
-            )
+    def _mismatch(self, source: PageSource, page: int) -> CorruptionError:
+        return CorruptionError(
+            f"page {page} of {self._where(source)} (column {', '.join(source.columns)}) does not match its checksum; "
+            "restore the object from a copy"
+        )
 
 
-def _batches(source: PageSource, pages: range, limit_bytes: int) -> list[list[int]]:
-    """Pages in runs of at most ``limit_bytes`` stored bytes, so that reading a long column takes bounded memory."""
-    out: list[list[int]] = []
-    held = 0
-    for page in pages:
-        size = int(source.nbytes[page])
-        if not out or held + size > limit_bytes:
-            out.append([])
-            held = 0
-        out[-1].append(page)
-        held += size
-    return out
+def _batches(source: PageSource, pages: range) -> list[range]:
+    """Pages in lots of a bounded number of stored bytes, so that reading a long column takes bounded memory."""
+    ends = np.cumsum(source.nbytes[pages.start : pages.stop])
+    lots = ends // _READ_AHEAD_BYTES
+    starts = [0, *(np.flatnonzero(np.diff(lots)) + 1).tolist(), len(pages)]
+    return [pages[a:b] for a, b in itertools.pairwise(starts) if a < b]
 
 
 class SegmentReaders:
