@@ -39,7 +39,7 @@ def test_demo_records_learns_and_reports(tmp_path: Any, console: Console) -> Non
     assert result.random_return < result.recorded_return
     text = printed(console)
     for expected in (
-        "80 trajectories of",
+        "8 of 80 trajectories",
         "reward_sum",
         "loss ",
         f"{np.mean(result.losses[-tenth // 2 :]):.1f}",

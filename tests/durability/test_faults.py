@@ -212,7 +212,12 @@ class _Disks:
 
 @pytest.mark.parametrize(
     ("name", "forever"),
-    [("ENOSPC", False), ("EIO", False), ("ENOSPC", True), pytest.param("EROFS", True, marks=pytest.mark.slow)],
+    [
+        ("ENOSPC", False),
+        ("ENOSPC", True),
+        pytest.param("EIO", False, marks=pytest.mark.slow),
+        pytest.param("EROFS", True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_whose_nth_call_fails_loses_nothing_acknowledged(
     name: str, forever: bool, folder_of: tuple[Path, list[Acknowledged]], tmp_path: Path
