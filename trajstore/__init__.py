@@ -46,8 +46,8 @@ from trajstore.feed.loader import Loader
 from trajstore.schema import Column, Schema
 from trajstore.store import Store, open
 from trajstore.view import Trajectory, TrajectoryColumn, View
+from trajstore.write.batch import TrajectoryRef
 from trajstore.write.episode import Episode
-from trajstore.write.writer import TrajectoryRef
 
 __version__ = "0.1.0"
 

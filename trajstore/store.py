@@ -34,8 +34,9 @@ from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import Workers
 from trajstore.view import View
+from trajstore.write.batch import TrajectoryRef, WriteOptions
 from trajstore.write.episode import Episode
-from trajstore.write.writer import TrajectoryRef, WriteOptions, Writer
+from trajstore.write.writer import Writer
 
 Mode = Literal["r", "a", "x"]
 

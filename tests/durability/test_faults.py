@@ -36,11 +36,12 @@ from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.local import LocalFilesystem
 from trajstore.storage.workers import Workers
 from trajstore.store import Store, open_on
+from trajstore.write.batch import WriteOptions
 from trajstore.write.blocks import BlockPool
 from trajstore.write.episode import Episode
 from trajstore.write.segment import SegmentBuilder
 from trajstore.write.shard import ArrowFileBuilder, ShardBuilder
-from trajstore.write.writer import WriteOptions, Writer
+from trajstore.write.writer import Writer
 
 _STREAM_STEPS = 60
 _OPTIONS = WriteOptions(spill_bytes=1024)

@@ -25,7 +25,7 @@ from trajstore.errors import CommitError, StoreNotFoundError
 from trajstore.storage import commit
 from trajstore.storage.local import LocalFilesystem
 from trajstore.store import Store, open_on
-from trajstore.write.writer import WriteOptions
+from trajstore.write.batch import WriteOptions
 
 _STREAM_STEPS = 150
 

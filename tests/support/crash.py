@@ -36,8 +36,8 @@ from tests.support.rollouts import (
 from trajstore.storage import commit
 from trajstore.storage.local import LocalFilesystem
 from trajstore.store import open_on
+from trajstore.write.batch import WriteOptions
 from trajstore.write.shard import ShardBuilder
-from trajstore.write.writer import WriteOptions
 
 KILLS_PER_STEP = 15
 ANY_TIME = "at any time"

@@ -25,8 +25,9 @@ from trajstore.format.manifest import check_metadata
 from trajstore.schema import Column, Schema, flatten
 from trajstore.stored import Array, Stored
 from trajstore.values import Rows, check_rows, rows_of
+from trajstore.write.batch import TrajectoryRef, total_reward
 from trajstore.write.segment import SegmentBuilder
-from trajstore.write.writer import TrajectoryRef, Writer, total_reward
+from trajstore.write.writer import Writer
 
 # What gymnasium calls the value that has one row more than there are actions.
 _STATES = "obs"

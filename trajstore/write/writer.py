@@ -14,10 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from trajstore.errors import (
     ClosedError,
@@ -44,6 +41,7 @@ from trajstore.storage.filesystem import Filesystem, ObjectStream
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Stored
 from trajstore.values import check_trajectory
+from trajstore.write.batch import Batch, TrajectoryRef, WriteOptions, total_reward
 from trajstore.write.blocks import BlockPool
 from trajstore.write.segment import SegmentBuilder
 
@@ -52,63 +50,6 @@ _PUMP_INTERVAL_S = 0.01
 # Full blocks are handed to the workers in lots of this many bytes: waking threads for each would slow ``append`` down.
 _SUBMIT_BYTES = 4 * 1024 * 1024
 _LOST_STREAM = "this episode's segment could not be written; begin the episode again"
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """Knobs of a store that is written to.
-
-    Attributes:
-        codec: Preset ``"fast"``, ``"small"`` or ``"none"``; None for defaults per dtype.
-        segment_bytes: A segment is committed once it holds this many bytes, before compression.
-        commit_interval_s: Appended trajectories are committed at least this often.
-        write_buffer_bytes: ``append`` waits while more bytes than this are waiting to be encoded.
-        spill_bytes: A streaming episode writes full pages once it holds this many bytes.
-    """
-
-    codec: str | None = None
-    segment_bytes: int = 256 * 1024 * 1024
-    commit_interval_s: float = 30.0
-    write_buffer_bytes: int = 64 * 1024 * 1024  # within reach of a processor's cache: encoding is faster there
-    spill_bytes: int = 16 * 1024 * 1024
-
-    def __post_init__(self) -> None:
-        for name in ("segment_bytes", "commit_interval_s", "write_buffer_bytes", "spill_bytes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}, expected a positive number")
-
-
-class TrajectoryRef:
-    """What ``append`` returns: the trajectory's identity, known at once, and its number, known once committed."""
-
-    def __init__(self, uuid_bytes: bytes) -> None:
-        self._uuid = uuid_bytes
-        self._id: int | None = None
-
-    @property
-    def uuid(self) -> uuid.UUID:
-        """Identity, made at append."""
-        return uuid.UUID(bytes=self._uuid)
-
-    @property
-    def id(self) -> int | None:
-        """Number in the store, in commit order; None until committed."""
-        return self._id
-
-    def __repr__(self) -> str:
-        return f"TrajectoryRef(uuid={self.uuid}, id={self._id})"
-
-
-@dataclass(eq=False)
-class _Batch:
-    """Trajectories that become visible together."""
-
-    number: int
-    shared: dict[tuple[str, ...], SegmentBuilder] = field(default_factory=dict)
-    builders: list[SegmentBuilder] = field(default_factory=list)
-    rows: list[tuple[TrajectoryRef, TrajectoryRow]] = field(default_factory=list)
-    schema: Schema | None = None
-    opened_at: float = 0.0
 
 
 class Writer:
@@ -145,8 +86,8 @@ class Writer:
         self._pid = os.getpid()
         self._blocks = BlockPool(options.write_buffer_bytes)
         self._condition = threading.Condition()
-        self._open = _Batch(0)
-        self._queue: deque[_Batch] = deque()
+        self._open = Batch(0)
+        self._queue: deque[Batch] = deque()
         self._streaming: list[SegmentBuilder] = []  # of episodes that outgrew memory
         self._settled = -1  # number of the last batch that was committed or failed
         self._errors: list[Exception] = []
@@ -381,7 +322,7 @@ class Writer:
             return
         self._open.schema = self._schema
         self._queue.append(self._open)
-        self._open = _Batch(self._open.number + 1)
+        self._open = Batch(self._open.number + 1)
         self._wake()
 
     def _wake_if_needed(self) -> None:
@@ -450,7 +391,7 @@ class Writer:
             lost = len(self._open.rows)
             for builder in self._open.builders:
                 builder.abandon()
-            self._open = _Batch(self._open.number)
+            self._open = Batch(self._open.number)
         self._errors.append(_lost(error, lost))
 
     def _adopt(self, version: Version) -> None:
@@ -460,7 +401,7 @@ class Writer:
         except SchemaConflictError:
             return  # another writer was first: committing what is open will say so, with what is lost
 
-    def _settle(self, batch: _Batch) -> None:
+    def _settle(self, batch: Batch) -> None:
         try:
             version = self._commit(batch)
         except Exception as error:  # noqa: BLE001 - raised at the next call of the user
@@ -476,12 +417,12 @@ class Writer:
             self._queue.popleft()
             self._condition.notify_all()
 
-    def _commit(self, batch: _Batch) -> Version:
+    def _commit(self, batch: Batch) -> Version:
         for builder in batch.builders:
             builder.close_pages()
         segments = [builder.finish() for builder in batch.builders]
         schema = batch.schema or self._schema
-        fields = {name: kind for name, kind in schema.metadata.items() if _is_used(name, batch)}
+        fields = {name: kind for name, kind in schema.metadata.items() if batch.uses(name)}
         manifest = build_table([row for _, row in batch.rows], [s.entry for s in segments], fields)
         data = encode_manifest(manifest)
         path = manifest_key(uuid.uuid4().hex)
@@ -498,12 +439,12 @@ class Writer:
         self._history.remember(entry, Manifest(manifest.table, manifest.segments))
         return version
 
-    def _fail(self, batch: _Batch, error: Exception) -> None:
+    def _fail(self, batch: Batch, error: Exception) -> None:
         failed = [batch]
         if isinstance(error, SchemaConflictError):
             # What was appended since has the same columns: it cannot fit either.
             failed = [*self._queue, self._open]
-            self._open = _Batch(self._open.number)
+            self._open = Batch(self._open.number)
             try:
                 self._head = self._history.latest(self._head.number)
                 self._schema = self._head.snapshot.schema
@@ -519,23 +460,9 @@ class Writer:
         self._condition.notify_all()
 
 
-def total_reward(schema: Schema, columns: Mapping[str, Stored]) -> float | None:
-    """Sum of the scalar numeric column ``reward`` in float64, or None without one."""
-    column = schema.get("reward")
-    if column is None or "reward" not in columns or column.shape or column.is_variable or column.extra:
-        return None
-    if column.dtype == "bfloat16" or column.physical_dtype.kind == "c" or column.dtype.startswith(("date", "time")):
-        return None
-    return float(columns["reward"].sum(dtype=np.float64))
-
-
 def _checked_metadata(metadata: Mapping[str, Any], schema: Schema) -> tuple[dict[str, Any], Schema]:
     stored, added = check_metadata(metadata, schema.metadata)
     return stored, schema.with_metadata(added) if added else schema
-
-
-def _is_used(name: str, batch: _Batch) -> bool:
-    return any(name in row.metadata for _, row in batch.rows)
 
 
 def _lost(error: Exception, count: int) -> Exception:

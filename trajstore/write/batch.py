@@ -1,0 +1,85 @@
+"""What waits to be committed together, the reference that its caller holds meanwhile, and the knobs of writing."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trajstore.format.manifest import TrajectoryRow
+from trajstore.schema import Schema
+from trajstore.stored import Stored
+from trajstore.write.segment import SegmentBuilder
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """Knobs of a store that is written to.
+
+    Attributes:
+        codec: Preset ``"fast"``, ``"small"`` or ``"none"``; None for defaults per dtype.
+        segment_bytes: A segment is committed once it holds this many bytes, before compression.
+        commit_interval_s: Appended trajectories are committed at least this often.
+        write_buffer_bytes: ``append`` waits while more bytes than this are waiting to be encoded.
+        spill_bytes: A streaming episode writes full pages once it holds this many bytes.
+    """
+
+    codec: str | None = None
+    segment_bytes: int = 256 * 1024 * 1024
+    commit_interval_s: float = 30.0
+    write_buffer_bytes: int = 64 * 1024 * 1024  # within reach of a processor's cache: encoding is faster there
+    spill_bytes: int = 16 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        for name in ("segment_bytes", "commit_interval_s", "write_buffer_bytes", "spill_bytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected a positive number")
+
+
+class TrajectoryRef:
+    """What ``append`` returns: the trajectory's identity, known at once, and its number, known once committed."""
+
+    def __init__(self, uuid_bytes: bytes) -> None:
+        self._uuid = uuid_bytes
+        self._id: int | None = None
+
+    @property
+    def uuid(self) -> uuid.UUID:
+        """Identity, made at append."""
+        return uuid.UUID(bytes=self._uuid)
+
+    @property
+    def id(self) -> int | None:
+        """Number in the store, in commit order; None until committed."""
+        return self._id
+
+    def __repr__(self) -> str:
+        return f"TrajectoryRef(uuid={self.uuid}, id={self._id})"
+
+
+@dataclass(eq=False)
+class Batch:
+    """Trajectories that become visible together."""
+
+    number: int
+    shared: dict[tuple[str, ...], SegmentBuilder] = field(default_factory=dict)
+    builders: list[SegmentBuilder] = field(default_factory=list)
+    rows: list[tuple[TrajectoryRef, TrajectoryRow]] = field(default_factory=list)
+    schema: Schema | None = None
+    opened_at: float = 0.0
+
+    def uses(self, field_name: str) -> bool:
+        """Whether a trajectory has this metadata field."""
+        return any(field_name in row.metadata for _, row in self.rows)
+
+
+def total_reward(schema: Schema, columns: Mapping[str, Stored]) -> float | None:
+    """Sum of the scalar numeric column ``reward`` in float64, or None without one."""
+    column = schema.get("reward")
+    if column is None or "reward" not in columns or column.shape or column.is_variable or column.extra:
+        return None
+    if column.dtype == "bfloat16" or column.physical_dtype.kind == "c" or column.dtype.startswith(("date", "time")):
+        return None
+    return float(columns["reward"].sum(dtype=np.float64))
