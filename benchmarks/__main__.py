@@ -22,22 +22,12 @@ BENCHMARKS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status is 1 if a bar was missed, 2 if the command was wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}, or 'table'; none lists"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small data and few rounds; the results are not kept"
-    )
-    parser.add_argument(
-        "--scratch", type=Path, help="write test data under this directory (default: temporary)"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}, or 'table'; none lists")
+    parser.add_argument("--quick", action="store_true", help="small data and few rounds; the results are not kept")
+    parser.add_argument("--scratch", type=Path, help="write test data under this directory (default: temporary)")
     parser.add_argument("--results", type=Path, help="where result files are (default: benchmarks/results)")
-    parser.add_argument(
-        "--only", metavar="TEXT", help="only the items whose name contains TEXT; results not kept"
-    )
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="with 'table': put the table between FILE's marks"
-    )
+    parser.add_argument("--only", metavar="TEXT", help="only the items whose name contains TEXT; results not kept")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="with 'table': put the table between FILE's marks")
     options = parser.parse_args(argv)
     console = Console()
     results = options.results or harness.RESULTS_DIR
@@ -73,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if missed else 0
 
 
-def _run_one(
-    name: str, options: argparse.Namespace, console: Console, results: Path | None
-) -> harness.Report:
+def _run_one(name: str, options: argparse.Namespace, console: Console, results: Path | None) -> harness.Report:
     module = importlib.import_module(f"benchmarks.{name}")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with (

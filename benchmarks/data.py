@@ -36,9 +36,7 @@ def atari_native(steps: int, game: str = "Breakout", seed: int = 0) -> np.ndarra
 
 
 @functools.lru_cache(maxsize=4)
-def atari_rewards(
-    steps: int, game: str = "Breakout", seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def atari_rewards(steps: int, game: str = "Breakout", seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rewards (float64), ends (bool) and actions (int64) of the same kind of rollout, each ``(steps,)``."""
     import ale_py
     import gymnasium
@@ -68,9 +66,7 @@ def atari_small(steps: int, game: str = "Breakout", seed: int = 0) -> np.ndarray
 
 
 @functools.lru_cache(maxsize=4)
-def camera(
-    steps: int, height: int = SIDE, width: int = SIDE, seed: int = 0, noise: float = 0.3
-) -> np.ndarray:
+def camera(steps: int, height: int = SIDE, width: int = SIDE, seed: int = 0, noise: float = 0.3) -> np.ndarray:
     """A panning view of a textured scene, a moving object, sensor noise: ``(steps, height, width, 3)`` uint8.
 
     The scene has a natural image's spectrum (amplitude falling as 1/f); the noise is Gaussian, its standard

@@ -71,11 +71,7 @@ def _flushed(context: Context, kind: str, distinct: np.ndarray) -> Iterator[Meas
         edges = np.linspace(0, len(pages), cores() + 1).astype(int)
 
         def encode(_none: object) -> None:
-            list(
-                pool.map(
-                    lambda i: [codec.encode(page) for page in pages[edges[i] : edges[i + 1]]], range(cores())
-                )
-            )
+            list(pool.map(lambda i: [codec.encode(page) for page in pages[edges[i] : edges[i + 1]]], range(cores())))
 
         def write(path: Path) -> None:
             descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL)
@@ -144,9 +140,7 @@ def read_segment(context: Context) -> Iterator[Measurement]:
         yield from _read(context, path, frames, label, zarr_bar)
 
 
-def _read(
-    context: Context, path: Path, frames: np.ndarray, label: str, zarr_bar: float
-) -> Iterator[Measurement]:
+def _read(context: Context, path: Path, frames: np.ndarray, label: str, zarr_bar: float) -> Iterator[Measurement]:
     (segment,) = sorted((path / "segments").iterdir())
     layout = layout_of(path)
     pages = stored_pages(segment, layout.page_rows, len(frames))

@@ -47,9 +47,7 @@ class Timing:
     """The runs of one contender, in the order they were made."""
 
     seconds: tuple[float, ...]
-    cpu_seconds: tuple[
-        float, ...
-    ] = ()  # of the whole process, all threads: what noise from others touches least
+    cpu_seconds: tuple[float, ...] = ()  # of the whole process, all threads: what noise from others touches least
 
     @property
     def median_s(self) -> float:
@@ -260,9 +258,7 @@ def filesystem_type(path: Path) -> str:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def write_result(
-    name: str, report: Report, *, scratch: Path, quick: bool, results: Path = RESULTS_DIR
-) -> Path:
+def write_result(name: str, report: Report, *, scratch: Path, quick: bool, results: Path = RESULTS_DIR) -> Path:
     """Write ``results/<name>.json`` and return its path."""
     document = {
         "benchmark": name,
@@ -348,19 +344,13 @@ def write_table(target: Path, documents: Sequence[Mapping[str, Any]]) -> None:
         ValueError: the marks are not there, once each and in order.
     """
     text = target.read_text(encoding="utf-8")
-    if (
-        text.count(TABLE_BEGIN) != 1
-        or text.count(TABLE_END) != 1
-        or text.index(TABLE_BEGIN) > text.index(TABLE_END)
-    ):
+    if text.count(TABLE_BEGIN) != 1 or text.count(TABLE_END) != 1 or text.index(TABLE_BEGIN) > text.index(TABLE_END):
         raise ValueError(
             f"{target.name} lacks the marks, once each and in order; add lines {TABLE_BEGIN} and {TABLE_END}"
         )
     head, rest = text.split(TABLE_BEGIN)
     tail = rest.split(TABLE_END)[1]
-    target.write_text(
-        f"{head}{TABLE_BEGIN}\n{markdown_table(documents)}\n{TABLE_END}{tail}", encoding="utf-8"
-    )
+    target.write_text(f"{head}{TABLE_BEGIN}\n{markdown_table(documents)}\n{TABLE_END}{tail}", encoding="utf-8")
 
 
 def _significant(value: float) -> float:

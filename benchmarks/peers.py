@@ -79,9 +79,7 @@ def zarr_writer(frames: np.ndarray, layout: Layout, settings: Mapping[str, Any])
                 dtype=frames.dtype,
                 chunks=(layout.page_rows, *frames.shape[1:]),
                 shards=(layout.shard_rows, *frames.shape[1:]),
-                compressors=zarr.registry.get_codec_class(layout.compressor["name"]).from_dict(
-                    layout.compressor
-                ),
+                compressors=zarr.registry.get_codec_class(layout.compressor["name"]).from_dict(layout.compressor),
                 filters=None,
                 fill_value=0,
             )
