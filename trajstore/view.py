@@ -16,28 +16,14 @@ import torch
 
 from trajstore.errors import IndexRangeError, SelectionError, UnknownColumnError
 from trajstore.feed.loader import Loader
+from trajstore.format.manifest import TABLE_FIELDS
 from trajstore.interop import frames
 from trajstore.read.segment import RowRange, SegmentReaders
 from trajstore.read.table import TrajectoryTable
 from trajstore.schema import Column, Schema, nest
 from trajstore.stored import Array, Stored, to_user
 
-_TABLE_FIELDS = frozenset(
-    [
-        "uuid",
-        "id",
-        "segment",
-        "start",
-        "ordinal",
-        "length",
-        "episode",
-        "first_step",
-        "terminated",
-        "truncated",
-        "reward_sum",
-        "created_at",
-    ]
-)
+_TABLE_FIELDS = frozenset(field.name for field in TABLE_FIELDS)
 _LARGE_STEP_VALUES = 16
 
 
