@@ -10,6 +10,7 @@ for batch in trajstore.open("runs/demo").trajectories.loader(256, window=16):
 """
 
 from trajstore.errors import (
+    CacheTooSmallError,
     ClosedError,
     ColumnNameError,
     ColumnShapeError,
@@ -42,7 +43,9 @@ from trajstore.errors import (
     VersionExpiredError,
     VersionNotFoundError,
 )
-from trajstore.feed.loader import Loader
+from trajstore.feed.loader import Loader, LoaderStats
+from trajstore.read.cache import CacheStats
+from trajstore.sample.window import future
 from trajstore.schema import Column, Schema
 from trajstore.store import Store, open
 from trajstore.view import Trajectory, TrajectoryColumn, View
@@ -61,10 +64,14 @@ __all__ = [
     "Episode",
     "TrajectoryRef",
     "Loader",
+    "LoaderStats",
+    "CacheStats",
+    "future",
     "Column",
     "Schema",
     "__version__",
     # errors
+    "CacheTooSmallError",
     "ClosedError",
     "ColumnNameError",
     "ColumnShapeError",

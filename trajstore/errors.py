@@ -12,6 +12,7 @@
     │   └── SchemaConflictError               two writers, or a store and its caller, disagree on the schema
     ├── SelectionError (ValueError)           a filter, window, or sample that selects nothing or cannot be understood
     │   └── IndexRangeError (IndexError)
+    ├── CacheTooSmallError (ValueError)       a page cache that cannot hold one window
     ├── StoreNotFoundError (FileNotFoundError)
     ├── StoreExistsError (FileExistsError)
     ├── FormatVersionError (NotImplementedError)  written by a newer trajstore
@@ -88,6 +89,10 @@ class SelectionError(TrajstoreError, ValueError):
 
 class IndexRangeError(SelectionError, IndexError):
     """A trajectory or step number outside what there is."""
+
+
+class CacheTooSmallError(TrajstoreError, ValueError):
+    """A page cache that cannot hold the pages of one window."""
 
 
 class StoreNotFoundError(TrajstoreError, FileNotFoundError):

@@ -5,10 +5,12 @@ Invariant: a handle shows one version at a time; it moves on with its own commit
 
 from __future__ import annotations
 
+import functools
 import os
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
@@ -25,7 +27,9 @@ from trajstore.errors import (
 from trajstore.format import layout
 from trajstore.format.codecs import check_preset
 from trajstore.format.snapshot import StoreDocument
-from trajstore.read.segment import SegmentReaders
+from trajstore.read.access import StoreAccess
+from trajstore.read.cache import DEFAULT_CACHE_BYTES
+from trajstore.read.disk_cache import DiskCache
 from trajstore.read.table import TrajectoryTable
 from trajstore.read.usage import StoreUsage, measure_usage
 from trajstore.schema import Column, Schema
@@ -33,12 +37,23 @@ from trajstore.storage.commit import EMPTY_VERSION, History, Version
 from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import Workers
+from trajstore.stored import Array
 from trajstore.view import View
 from trajstore.write.batch import TrajectoryRef, WriteOptions
 from trajstore.write.episode import Episode
 from trajstore.write.writer import Writer
 
 Mode = Literal["r", "a", "x"]
+DEFAULT_CACHE_DIR_BYTES = 64 << 30
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Knobs of reading: bytes in memory, and a folder on a local disk with its bytes."""
+
+    nbytes: int = DEFAULT_CACHE_BYTES
+    folder: str | None = None
+    folder_bytes: int = DEFAULT_CACHE_DIR_BYTES
 
 
 def open(
@@ -52,6 +67,9 @@ def open(
     commit_interval_s: float = WriteOptions.commit_interval_s,
     write_buffer_bytes: int = WriteOptions.write_buffer_bytes,
     spill_bytes: int = WriteOptions.spill_bytes,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir_bytes: int = DEFAULT_CACHE_DIR_BYTES,
     storage_options: Mapping[str, Any] | None = None,
     single_writer: bool = False,
 ) -> Store:
@@ -68,6 +86,9 @@ def open(
         commit_interval_s: Appended data is committed at least this often, in the background.
         write_buffer_bytes: ``append`` waits while more bytes than this wait to be encoded.
         spill_bytes: A streaming episode goes to disk in parts of this many bytes.
+        cache_bytes: Bound of the page cache in memory, which all views and loaders of this handle share.
+        cache_dir: A local folder that keeps what was read of a remote store, for all processes of this machine.
+        cache_dir_bytes: Its bound.
         storage_options: Credentials, endpoint and so on, for fsspec.
         single_writer: Allow a storage that cannot create an object atomically; you promise that nobody else writes.
 
@@ -99,9 +120,13 @@ def open(
         raise ReadOnlyError("schema= changes the store; open it with mode='a'")
     if mode != "r" and version is not None:
         raise ReadOnlyError(f"version={version} is for reading; open it with mode='r'")
+    if cache_bytes < 1:
+        raise ValueError(f"cache_bytes={cache_bytes}, expected a positive number")
     filesystem = connect(url, storage_options=storage_options, single_writer=single_writer)
     declared = schema if isinstance(schema, Schema) else Schema(tuple(schema or ()))
-    return open_on(filesystem, mode, declared=declared, version=version, options=options)
+    cache = CacheOptions(cache_bytes, None if cache_dir is None else os.fspath(cache_dir), cache_dir_bytes)
+    reopen = functools.partial(_reopened, os.fspath(url), storage_options, cache)
+    return open_on(filesystem, mode, declared=declared, version=version, options=options, cache=cache, reopen=reopen)
 
 
 def open_on(
@@ -112,14 +137,45 @@ def open_on(
     version: int | None = None,
     options: WriteOptions | None = None,
     history: History | None = None,
+    cache: CacheOptions | None = None,
+    reopen: Callable[[int, Array], View] | None = None,
 ) -> Store:
-    """Open a store on a filesystem at hand; ``open`` says what the arguments mean."""
+    """Open a store on a filesystem at hand; ``open`` says what the arguments mean, ``reopen`` makes a view elsewhere."""
     history = history or History(filesystem)
     if mode == "x" or mode == "a":
         store_uuid, head = _open_or_create(filesystem, history, must_be_new=mode == "x")
     else:
         store_uuid, head = _open_existing(filesystem, history, version)
-    return Store(filesystem, history, head, store_uuid, mode, declared or Schema(), options or WriteOptions())
+    reading = cache or CacheOptions()
+    kept = None if reading.folder is None else DiskCache(reading.folder, max_bytes=reading.folder_bytes)
+    workers = Workers(os.cpu_count() or 1, name="trajstore-codec")
+    access = StoreAccess(
+        filesystem, workers, cache_bytes=reading.nbytes, disk_cache=kept, reopen=reopen or _not_reopened
+    )
+    return Store(
+        filesystem, history, head, store_uuid, mode, declared or Schema(), options or WriteOptions(), workers, access
+    )
+
+
+def _reopened(
+    url: str, storage_options: Mapping[str, Any] | None, cache: CacheOptions, version: int, rows: Array
+) -> View:
+    """A view of a store that another process has opened."""
+    store = open(
+        url,
+        version=version,
+        storage_options=storage_options,
+        cache_bytes=cache.nbytes,
+        cache_dir=cache.folder,
+        cache_dir_bytes=cache.folder_bytes,
+    )
+    return store.trajectories.take(rows)
+
+
+def _not_reopened(version: int, _rows: Array) -> View:
+    raise StoreNotFoundError(
+        f"version {version} of this store cannot be opened in another process: it was not opened by trajstore.open(url)"
+    )
 
 
 def _open_existing(filesystem: Filesystem, history: History, version: int | None) -> tuple[str, Version]:
@@ -178,6 +234,8 @@ class Store:
         mode: See ``open``.
         declared: Columns given by the user.
         options: Knobs of writing.
+        workers: Encode and decode pages.
+        access: The reading half.
     """
 
     def __init__(
@@ -189,12 +247,14 @@ class Store:
         mode: Mode,
         declared: Schema,
         options: WriteOptions,
+        workers: Workers,
+        access: StoreAccess,
     ) -> None:
         self._filesystem = filesystem
         self._history = history
         self._mode = mode
-        self._workers = Workers(os.cpu_count() or 1, name="trajstore-codec")
-        self._readers = SegmentReaders(filesystem, self._workers)
+        self._workers = workers
+        self._access = access
         self._table: TrajectoryTable | None = None
         self._closed = False
         self.uuid = store_uuid
@@ -232,7 +292,7 @@ class Store:
         current = self._current()
         if self._table is None or self._table.version.number != current.number:
             self._table = TrajectoryTable(self._history, current)
-        return View(self._table, self._readers)
+        return View(self._table, self._access)
 
     @property
     def pending(self) -> int:
@@ -328,7 +388,7 @@ class Store:
     def usage(self) -> StoreUsage:
         """Where the bytes are: per column logical and stored, and how many segments, manifests and versions."""
         table = self.trajectories._table
-        return measure_usage(table, self._readers)
+        return measure_usage(table, self._access.readers)
 
     def close(self) -> None:
         """Flush, and let go of threads. May be called twice.
@@ -345,6 +405,7 @@ class Store:
                 self._writer.close()
                 self._head = self._writer.head
         finally:
+            self._access.close()
             self._workers.close()
             self._filesystem.close()
 

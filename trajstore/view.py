@@ -5,6 +5,7 @@ Invariant: a view never changes; it holds index arrays, no step data. Filtering 
 
 from __future__ import annotations
 
+import operator
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,10 +17,15 @@ import torch
 
 from trajstore.errors import IndexRangeError, SelectionError, UnknownColumnError
 from trajstore.feed.loader import Loader
+from trajstore.feed.options import LoaderOptions
+from trajstore.feed.pipeline import PipelineBuilder, Samples, Supply
 from trajstore.format.manifest import TABLE_FIELDS
 from trajstore.interop import frames
-from trajstore.read.segment import RowRange, SegmentReaders
+from trajstore.read.access import StoreAccess
+from trajstore.read.segment import RowRange
+from trajstore.read.selection import Selection
 from trajstore.read.table import TrajectoryTable
+from trajstore.sample.window import Window
 from trajstore.schema import Column, Schema, nest
 from trajstore.stored import Array, Stored, to_user
 
@@ -43,10 +49,12 @@ class View(Sequence["Trajectory"]):
         array([1, 2])
     """
 
-    def __init__(self, table: TrajectoryTable, readers: SegmentReaders, rows: Array | None = None) -> None:
+    def __init__(self, table: TrajectoryTable, access: StoreAccess, rows: Array | None = None) -> None:
         self._table = table
-        self._readers = readers
+        self._access = access
         self._rows = np.arange(len(table), dtype=np.int64) if rows is None else rows  # (n,) int64, rows of the table
+        self._selection = Selection(table, self._rows)
+        self._samples: dict[Any, Samples] = {}  # of sample(), by its arguments
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,6 +75,10 @@ class View(Sequence["Trajectory"]):
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (Trajectory(self, int(row)) for row in self._rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the store again: only index arrays travel."""
+        return self._access.reopen, (self.version, self._rows)
 
     def __repr__(self) -> str:
         return f"View(trajectories={len(self)}, steps={self.num_steps}, version={self.version})"
@@ -99,9 +111,7 @@ class View(Sequence["Trajectory"]):
     @cached_property
     def common_columns(self) -> tuple[Column, ...]:
         """Columns that every trajectory of the view has."""
-        segments = np.unique(self._table.segment[self._rows])
-        presence = self._table.column_presence
-        return tuple(c for c in self.schema if c.path not in presence or presence[c.path][segments].all())
+        return self._selection.common_columns
 
     def first(self, n: int) -> View:
         """The oldest ``n`` trajectories, or all if there are fewer."""
@@ -149,7 +159,8 @@ class View(Sequence["Trajectory"]):
         """One row per step, indexed by (trajectory id, step).
 
         Args:
-            columns: Names; by default all that are small. Vectors become one column per entry, larger shapes one array per
+            columns: Names; by default all that are small. Vectors become one column per entry, larger shapes one array
+                per
                 cell. Of a column with ``extra=1`` the final observation is left out.
             n: At most this many steps, from the beginning of the view; all by default.
         """
@@ -202,63 +213,187 @@ class View(Sequence["Trajectory"]):
             done += n
         return to_user(spec, out)
 
-    def sample(self, n: int, *, seed: int | None = None, columns: Sequence[str] | None = None) -> dict[str, Any]:
-        """One batch of single steps, drawn uniformly with replacement.
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        window: Window = None,
+        columns: Sequence[str] | None = None,
+        pad: str = "none",
+        n_step: int | None = None,
+        gamma: float = 0.99,
+    ) -> dict[str, Any]:
+        """One batch, drawn uniformly with replacement; single steps unless ``window`` says otherwise.
 
         Args:
-            n: Steps.
-            seed: Same seed, same steps; by default different each time.
-            columns: Names, nested ones by their parent too; by default all of fixed shape that every trajectory has.
+            n: Windows.
+            seed: Same seed, same windows; by default different each time.
+            window: As for ``loader``, like the rest.
+            columns: Names.
+            pad: What rows outside the trajectory are.
+            n_step: Rewards in a return.
+            gamma: Discount.
 
         Returns:
             Nested mapping of tensors ``[n, ...]``.
         """
-        with self.loader(n, seed=_fresh_seed() if seed is None else seed, columns=columns) as loader:
-            return next(iter(loader))
+        if seed is not None:
+            options = LoaderOptions(
+                n,
+                window=window,
+                columns=columns,
+                pad=pad,
+                n_step=n_step,
+                gamma=gamma,
+                seed=operator.index(seed),
+                prefetch=0,
+            )
+            pipeline = PipelineBuilder((self,), (n,), options)()
+            try:
+                return pipeline.make(0, 1).batches[0]
+            finally:
+                pipeline.close()
+        key = (n, repr(window), None if columns is None else tuple(columns), pad, n_step, gamma)
+        samples = self._samples.get(key)
+        if samples is None:
+            options = LoaderOptions(
+                n, window=window, columns=columns, pad=pad, n_step=n_step, gamma=gamma, seed=_fresh_seed(), prefetch=0
+            )
+            samples = self._samples[key] = Samples(PipelineBuilder((self,), (n,), options)())
+        return samples.next()
 
     def loader(
         self,
         batch_size: int,
         *,
-        window: int | None = None,
-        order: str = "random",
-        seed: int = 0,
+        window: Window = None,
+        dilation: int = 1,
+        pad: str = "none",
+        n_step: int | None = None,
+        gamma: float = 0.99,
         columns: Sequence[str] | None = None,
+        anchors: str | Array | None = None,
+        order: str = "random",
+        weights: str | Sequence[float] | Array | None = None,
+        block_bytes: int | None = None,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        seed: int = 0,
         epochs: int = 1,
         drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        follow: bool = False,
+        refresh_s: float = 5.0,
         device: torch.device | str | None = None,
+        prefetch: int = 2,
+        timeout_s: float = 300.0,
+        cache_bytes: int | None = None,
+        cache_device: torch.device | str | None = None,
+        output: str = "dict",
+        progress: bool = False,
     ) -> Loader:
-        """Batches of windows.
+        """Batches of windows, from the page cache, made ahead by a thread.
+
+        A window never crosses a trajectory. Its anchor is one of the trajectory's steps; offsets are relative to it.
+        Rows of a column are the steps, and one more for columns with ``extra=1``: the observation after the last
+        action.
 
         Args:
-            batch_size: Windows per batch.
-            window: Steps per window; None for single steps without a time dimension.
-            order: ``"random"`` (uniform with replacement, endless) or ``"sequential"`` (every anchor once per epoch).
-            seed: Same view, same seed: same batches.
-            columns: Names, nested ones by their parent too; metadata fields and the virtual columns ``terminated``,
-                ``truncated``, ``is_first``, ``is_last``, ``step`` and ``trajectory`` when named. By default all columns of
-                fixed shape that every trajectory has.
-            epochs: For ``sequential``.
+            batch_size: Windows per batch, over all ranks.
+            window: None for single steps, without a time dimension. A number of steps ``W``: every column at offsets
+                ``0 .. W - 1``, ``[batch, W, ...]``. A mapping from columns to offsets of their own: ``{"obs": [-1, 0],
+                "action": range(16), "reward": 0}``, where one number means no time dimension, a parent's name all
+                columns under it, and ``trajstore.future(...)`` a row drawn from the rest of the trajectory.
+            dilation: Steps between the rows of an integer window.
+            pad: ``"none"``: only anchors whose rows all exist. ``"edge"``, ``"zero"``: every step is an anchor, rows
+                outside repeat the nearest one or are zeros, and ``is_pad`` says which.
+            n_step: ``reward`` becomes the discounted sum of up to so many rewards, ``next_obs`` the observation behind
+                them, ``discount`` what its value counts: ``gamma ** k``, and 0 after a terminal step. Cut at the end of
+                the trajectory; where a truncated one has no final observation, those anchors are left out.
+            gamma: Discount per step.
+            columns: Names, nested ones by their parent too; ``next_<column>`` is a column one step on; metadata fields
+                and the virtual columns ``terminated``, ``truncated``, ``is_first``, ``is_last``, ``step`` and
+                ``trajectory`` (position in the view) when named. By default all columns of fixed shape that every
+                trajectory has.
+            anchors: Only these: the name of a column of one bool per step, or ``(steps,)`` bools.
+            order: ``"random"``: uniform with replacement, endless. ``"shuffle"``: every anchor once per epoch.
+                ``"sequential"``: in order. ``"prioritized"``: in proportion to priorities, endless (Schaul et al.,
+                "Prioritized Experience Replay", ICLR 2016); batches have ``index`` and ``weight``; see
+                ``Loader.update_priorities``.
+            weights: For ``"random"``: a number per trajectory, or the name of a field; a trajectory is drawn in
+                proportion to it, then an anchor of it uniformly. ``weights="length"`` draws steps about uniformly.
+            block_bytes: For ``"shuffle"``: shuffle blocks of neighbouring rows of about this many bytes, then anchors
+                within as many blocks as half of the cache holds, so that pages are read about once per epoch. By
+                default so if the view exceeds the cache.
+            alpha: Exponent of priorities.
+            beta: Exponent of importance weights.
+            seed: Same view, arguments and seed: same batches.
+            epochs: Per pass, for ``"shuffle"`` and ``"sequential"``.
             drop_last: Leave out the short last batch of an epoch.
+            rank: Of this process, which receives ``batch_size / world_size`` windows of every batch.
+            world_size: Processes that share the batches.
+            follow: Also sample what is appended from now on: through this handle at once, by others every
+                ``refresh_s``.
+            refresh_s: Seconds.
             device: Where the tensors go.
+            prefetch: Batches made ahead; 0 to make them in the calling thread.
+            timeout_s: Longest wait for a batch.
+            cache_bytes: A page cache of this loader's own, instead of the store's.
+            cache_device: A page cache on this device, of ``cache_bytes`` or as large as the store's.
+            output: ``"dict"``, or ``"tensordict"`` (needs the package tensordict).
+            progress: Show a progress bar on passes that end.
 
         Returns:
-            An iterable of nested mappings of tensors ``[batch_size, window, ...]``; a context manager.
+            An iterator over nested mappings of tensors ``[batch_size, ...]``; a context manager.
+
+        Raises:
+            SelectionError: Arguments that make no sense together, or no anchor that fits.
+            UnknownColumnError: A name that nothing has.
+            CacheTooSmallError: The cache cannot hold one window; says how much it takes.
         """
-        return Loader(
-            self,
-            batch_size=batch_size,
+        options = LoaderOptions(
+            batch_size,
             window=window,
-            order=order,
-            seed=seed,
+            dilation=dilation,
+            pad=pad,
+            n_step=n_step,
+            gamma=gamma,
             columns=columns,
+            anchors=anchors,
+            order=order,
+            weights=weights,
+            block_bytes=block_bytes,
+            alpha=alpha,
+            beta=beta,
+            seed=operator.index(seed),
             epochs=epochs,
             drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            follow=follow,
+            refresh_s=refresh_s,
             device=device,
+            prefetch=prefetch,
+            timeout_s=timeout_s,
+            cache_bytes=cache_bytes,
+            cache_device=cache_device,
+            output=output,
+            progress=progress,
         )
+        return self._access.opened(Loader(PipelineBuilder((self,), (batch_size,), options), options))
+
+    def supply(self, options: LoaderOptions) -> Supply:
+        """What the windows of this view are gathered with; for loaders."""
+        if options.cache_bytes is None and options.cache_device is None:
+            cache = self._access.cache
+        else:
+            cache = self._access.private_cache(options.cache_bytes, options.cache_device)
+        return Supply(self._selection, cache, self._access.readers, self._access.variable, self.read)
 
     def _selected(self, rows: Array) -> View:
-        return View(self._table, self._readers, rows)
+        return View(self._table, self._access, rows)
 
     def _columns(self, names: Sequence[str]) -> list[Column]:
         return [column for name in names for column in self.schema.select(name)]
@@ -278,17 +413,13 @@ class View(Sequence["Trajectory"]):
         last = np.append(first[1:], len(rows)) - 1 if len(rows) else first
         return starts[first], stops[last], segments[first]
 
-    def read_window(self, position: int, column: Column, start: int, stop: int) -> Stored:
-        """Stored rows ``[start, stop)`` of a column of the trajectory at ``position``."""
-        return self._read_rows(int(self._rows[position]), column, start, stop)
-
     def _read_rows(self, row: int, column: Column, start: int, stop: int) -> Stored:
         table = self._table
         first = int(table.start[row]) + (int(table.ordinal[row]) if column.extra else 0)
         return self._read(int(table.segment[row]), column.path, RowRange(first + start, first + stop))
 
     def _read(self, segment: int, path: str, rows: RowRange, out: Array | None = None) -> Stored:
-        return self._readers.open(self._table.segments[segment], self.schema).read(path, rows, out)
+        return self._access.readers.open(self._table.segments[segment], self.schema).read(path, rows, out)
 
 
 class Trajectory:

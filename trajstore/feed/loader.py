@@ -1,76 +1,115 @@
-"""The loader: batches of windows of a fixed view, in an order that depends on nothing but its arguments."""
+"""The loader: batches in an order, made ahead of their consumer.
+
+Invariant: its position counts batches that the consumer received, and nothing else; what is ahead in the pipe is made again
+after a resumption. Whatever fails behind it is raised by ``next``.
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import collections
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+from torch.utils.data import IterableDataset, get_worker_info
 
-from trajstore.errors import ClosedError, SelectionError
-from trajstore.sample.gather import gather, resolve_columns
-from trajstore.sample.order import check_order, random_anchors, sequential_anchors
-from trajstore.sample.window import AnchorIndex
-from trajstore.schema import nest
+from trajstore.errors import ClosedError, ForkedError, SelectionError
+from trajstore.feed.assemble import Batch, Lot
+from trajstore.feed.cuda import Arrival
+from trajstore.feed.options import LoaderOptions
+from trajstore.feed.pipeline import Pipeline
+from trajstore.feed.prefetch import Inline, Prefetcher
+from trajstore.read.cache import CacheStats
+from trajstore.storage.workers import FORKED
 
-if TYPE_CHECKING:
-    from trajstore.view import View
+_STATE_FORMAT = 1
 
 
-class Loader:
-    """An iterable of batches; see ``View.loader`` for the arguments.
+@dataclass(frozen=True)
+class LoaderStats:
+    """What a loader has done.
 
-    Each ``iter(loader)`` begins anew.
+    Attributes:
+        batches: Received by the consumer.
+        wait_s: Seconds that the consumer waited for them.
+        buffers_made: Output buffers that had to be made: more than a few if the consumer keeps batches.
+        ignored_updates: Priorities given for trajectories that are gone.
+        cache: Of the store's cache, which other loaders may share.
     """
 
-    def __init__(
-        self,
-        view: View,
-        *,
-        batch_size: int,
-        window: int | None,
-        order: str,
-        seed: int,
-        columns: Sequence[str] | None,
-        epochs: int,
-        drop_last: bool,
-        device: torch.device | str | None,
-    ) -> None:
-        check_order(order)
-        self._batch_size = operator.index(batch_size)
-        self._epochs = operator.index(epochs)
-        if self._batch_size < 1 or self._epochs < 1:
-            raise SelectionError(f"batch_size={batch_size} and epochs={epochs}, expected at least 1 each")
-        self._view = view
-        self._anchors = AnchorIndex(view.lengths, 1 if window is None else operator.index(window))
-        self._single_steps = window is None
-        self._order = order
-        self._seed = operator.index(seed)
-        self._columns, self._virtual = resolve_columns(view, columns)
-        if not self._columns and not self._virtual:
-            raise SelectionError("no column to load: all are strings or ragged; name them in columns=")
-        self._drop_last = drop_last
-        self._device = None if device is None else torch.device(device)
+    batches: int
+    wait_s: float
+    buffers_made: int
+    ignored_updates: int
+    cache: CacheStats
+
+
+class Loader(IterableDataset[Batch]):
+    """An iterator over batches, and a context manager; made by ``View.loader``, which says what a batch holds.
+
+    ``iter(loader)`` goes on where the loader is. After the end of a pass the next ``iter`` begins the next pass, with the
+    epochs counted on. Under ``torch.utils.data.DataLoader(loader, batch_size=None, num_workers=n,
+    multiprocessing_context="spawn")`` each worker makes every n-th batch, and the batches are the same.
+
+    Args:
+        build: Makes the pipeline; called again in another process.
+        options: The arguments.
+    """
+
+    def __init__(self, build: Callable[[], Pipeline], options: LoaderOptions) -> None:
+        self._build = build
+        self._options = options
+        self._open()
+
+    def _open(self) -> None:
+        self._pipeline = self._build()
+        self._pid = os.getpid()
+        self._received = 0  # batches, over all passes
+        self._ended = False  # at the end of a pass, until the next iter()
         self._closed = False
+        self._source: Prefetcher | Inline | None = None
+        self._ready: collections.deque[Batch] = collections.deque()
+        self._arrival: Arrival | None = None
+        self._stride = 1  # of batches, when workers of a DataLoader take turns
+        self._sharing = False  # whether this worker is within a pass,
+        self._shared_from = 0  # and where that began
+        self._wait_s = 0.0
+        self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def __len__(self) -> int:
-        """Batches until the end; a ``random`` loader has none.
+        """Batches of a pass.
 
         Raises:
             TypeError: The order is endless.
         """
-        if self._order == "random":
-            raise TypeError("a loader with order='random' is endless; take as many batches as you need")
-        return self._epochs * self._batches_per_epoch()
+        count = self._pipeline.batches_per_pass
+        if count is None:
+            raise TypeError(f"a loader with order={self._options.order!r} is endless; take as many batches as you need")
+        return count
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        batch = 0
-        while self._order == "random" or batch < len(self):
-            if self._closed:
-                raise ClosedError("the loader is closed; make another one with view.loader(...)")
-            yield self._load(batch)
-            batch += 1
+    def __iter__(self) -> Iterator[Batch]:
+        self._check_usable()
+        worker = get_worker_info()
+        if worker is not None and not self._sharing:
+            self._shared_from = self._received
+            self._received += worker.id
+            self._stride = worker.num_workers
+            self._sharing = True
+        self._ended = False
+        return self._shown() if self._options.progress and not self._options.endless else self
+
+    def __next__(self) -> Batch:
+        if not self._ready:
+            self._check_usable()
+            self._fetch()
+        if self._arrival is not None:
+            self._arrival.receive()
+        batch = self._ready.popleft()
+        self._received += self._stride
+        return batch
 
     def __enter__(self) -> Loader:
         return self
@@ -79,26 +118,162 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """No more batches. May be called twice."""
+        """No more batches; let go of threads and memory. May be called twice."""
+        if self._closed or self._pid != os.getpid():
+            return
         self._closed = True
+        self._restart()
+        self._pipeline.close()
 
-    def _batches_per_epoch(self) -> int:
-        whole, rest = divmod(len(self._anchors), self._batch_size)
-        return whole + (1 if rest and not self._drop_last else 0)
+    def stats(self) -> LoaderStats:
+        """Counters as they are now."""
+        sampler = self._pipeline.sampler
+        return LoaderStats(
+            batches=self._received,
+            wait_s=self._wait_s,
+            buffers_made=self._pipeline.buffers_made,
+            ignored_updates=0 if sampler is None else sampler.ignored_updates,
+            cache=self._pipeline.supplies[0].cache.stats(),
+        )
 
-    def _load(self, batch: int) -> dict[str, Any]:
-        count, size = len(self._anchors), self._batch_size
-        if self._order == "random":
-            anchors = random_anchors(count, seed=self._seed, batch=batch, size=size)
-        else:
-            anchors = sequential_anchors(count, batch=batch % self._batches_per_epoch(), size=size)
-        trajectories, steps = self._anchors.locate(anchors)
-        flat = gather(self._view, self._columns, self._virtual, trajectories, steps, self._anchors.window)
-        return nest({path: self._finished(value) for path, value in flat.items()})
+    def update_priorities(self, index: Any, priorities: Any) -> None:
+        """Set the priorities of windows, for ``order="prioritized"``.
 
-    def _finished(self, value: Any) -> Any:
-        if isinstance(value, tuple):  # ragged: values and offsets
-            return tuple(v.to(self._device) if isinstance(v, torch.Tensor) else v for v in value)
-        if self._single_steps:
-            value = value[:, 0]
-        return value.to(self._device) if isinstance(value, torch.Tensor) else value
+        Args:
+            index: ``batch["index"]``, ``(k,)``.
+            priorities: ``(k,)``, the absolute temporal-difference error for instance; tensors of any device.
+
+        Raises:
+            SelectionError: Another order, or priorities that are no finite numbers from 0.
+        """
+        sampler = self._pipeline.sampler
+        if sampler is None:
+            raise SelectionError(f"order={self._options.order!r} has no priorities; pass order='prioritized'")
+        sampler.update(index, priorities)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is: to be loaded into a loader of the same view, window and order."""
+        state: dict[str, Any] = {
+            "format": _STATE_FORMAT,
+            "batches": self._received,
+            "fingerprint": self._pipeline.fingerprint(),
+        }
+        if self._pipeline.sampler is not None:
+            state["priorities"] = self._pipeline.sampler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader was. The number of ranks may differ.
+
+        Raises:
+            SelectionError: It was a loader of another view, window or order.
+        """
+        self._check_usable()
+        if state.get("format") != _STATE_FORMAT:
+            raise SelectionError(f"a loader's state of format {state.get('format')!r}, expected {_STATE_FORMAT}")
+        parts = ("view", "window", "order")
+        for part, theirs, ours in zip(parts, state["fingerprint"], self._pipeline.fingerprint(), strict=True):
+            if theirs != ours:
+                raise SelectionError(
+                    f"this state is of a loader of another {part}: it was saved with {theirs}, this loader has {ours}"
+                )
+        if self._pipeline.sampler is not None:
+            self._pipeline.sampler.load_state_dict(state["priorities"])
+        self._restart()
+        self._received = int(state["batches"])
+        count = self._pipeline.batches_per_pass
+        self._ended = count is not None and self._received > 0 and self._received % count == 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"build": self._build, "options": self._options, "received": self._received}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._build, self._options = state["build"], state["options"]
+        self._open()
+        self._received = state["received"]
+
+    def _fetch(self) -> None:
+        if self._source is None:
+            if self._ended:
+                raise StopIteration
+            self._start()
+        assert self._source is not None
+        begun = time.perf_counter()
+        try:
+            lot = self._source.take(self._options.timeout_s)
+        except TimeoutError:
+            raise
+        except BaseException:
+            self._restart()  # the next call tries the same batch again
+            raise
+        finally:
+            self._wait_s += time.perf_counter() - begun
+        if lot is None:
+            self._restart()
+            if self._sharing:  # what is left of the pass are the other workers' batches
+                self._received = self._end_of_pass() or 0
+            self._ended = True
+            self._sharing = False
+            raise StopIteration
+        self._arrival = lot.arrival
+        self._ready.extend(lot.batches)
+
+    def _end_of_pass(self) -> int | None:
+        """The number of the last batch of this pass, plus one."""
+        count = self._pipeline.batches_per_pass
+        if count is None:
+            return None
+        if self._ended:
+            return self._received
+        return ((self._shared_from if self._sharing else self._received) // count + 1) * count
+
+    def _start(self) -> None:
+        make = _Maker(self._pipeline, self._received, self._stride, self._end_of_pass())
+        if not self._options.prefetch:
+            self._source = Inline(make)
+            return
+        self._source = Prefetcher(make, self._options.prefetch)
+        self._finalizer = weakref.finalize(self, self._source.stop, 0.0)
+
+    def _restart(self) -> None:
+        source, self._source = self._source, None
+        self._ready.clear()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            self._finalizer = None
+        if source is not None:
+            source.stop()
+
+    def _check_usable(self) -> None:
+        if self._pid != os.getpid():
+            raise ForkedError(FORKED)
+        if self._closed:
+            raise ClosedError("the loader is closed; make another one with view.loader(...)")
+
+    def _shown(self) -> Iterator[Batch]:
+        """This pass, with a progress bar."""
+        from rich.console import Console
+        from rich.progress import track
+
+        count = len(self)
+        yield from track(self, "batches", total=count, completed=self._received % count, console=Console(stderr=True))
+
+
+class _Maker:
+    """Makes one lot after the other, up to the end of the pass."""
+
+    def __init__(self, pipeline: Pipeline, position: int, stride: int, end: int | None) -> None:
+        self._pipeline = pipeline
+        self._position = position
+        self._stride = stride
+        self._end = end
+
+    def __call__(self) -> Lot | None:
+        count = self._pipeline.batches_together if self._stride == 1 else 1
+        if self._end is not None:
+            count = min(count, self._end - self._position)
+        if count <= 0:
+            return None
+        lot = self._pipeline.make(self._position, count)
+        self._position += self._stride * len(lot.batches)
+        return lot

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ _READ_AHEAD_BYTES = 32 * 1024 * 1024
 _PARALLEL_BYTES = 1 << 20
 # Pages smaller than this are copied: what a checksum of a view costs besides is more than the copy.
 _COPIED_BYTES = 1 << 16
+_OPENED_TOGETHER = 256  # page indexes in memory at once
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,17 @@ class SegmentReader:
         schema: Of the store: dtypes and shapes of the columns.
         filesystem: Where the segment is.
         workers: Decode pages.
+        data: The page index; None if it is not there.
     """
 
-    def __init__(self, entry: SegmentEntry, schema: Schema, filesystem: Filesystem, workers: Workers) -> None:
+    def __init__(
+        self, entry: SegmentEntry, schema: Schema, filesystem: Filesystem, workers: Workers, data: bytes | None
+    ) -> None:
         self.entry = entry
         self._schema = schema
         self._filesystem = filesystem
         self._workers = workers
         key = layout.segment_key(entry.uuid, layout.PAGES_FILE)
-        data = filesystem.read(key)
         if data is None:
             raise MissingObjectError(
                 f"{key} in {filesystem.description} is not there, but a manifest names its segment; restore it from a copy"
@@ -71,8 +74,11 @@ class SegmentReader:
         except CorruptionError as error:
             raise CorruptionError(f"{key} in {filesystem.description}: {error}") from error
         for source in sources:
+            self._check_rows(source)
             for path in source.columns:
                 self.sources[path] = source
+        # Columns of an Arrow file share their pages; a tensor column has its own.
+        self.by_group = {s.object if s.object.endswith(".arrow") else s.columns[0]: s for s in sources}
 
     def read(self, path: str, rows: RowRange, out: Array | None = None) -> Stored:
         """Rows of one column.
@@ -113,6 +119,48 @@ class SegmentReader:
             )
         return out
 
+    def decoded_rows(self, source: PageSource, page: int) -> int:
+        """Rows that a page decodes to: the last page of a tensor is filled up, because a Zarr chunk has its full shape."""
+        return source.rows_of_page(page) if source.object.endswith(".arrow") else source.page_rows
+
+    def is_intact(self, source: PageSource, page: int, stored: Buffer) -> bool:
+        """Whether stored bytes are those of the page."""
+        return len(stored) == int(source.nbytes[page]) and checksum(stored) == int(source.crc32c[page])
+
+    def decode_page(
+        self, source: PageSource, page: int, stored: Buffer, slots: Mapping[str, Array], variable: Sequence[str] = ()
+    ) -> dict[str, Stored]:
+        """Decode one page into its slots.
+
+        Args:
+            source: The object that holds the page.
+            page: Its number.
+            stored: Its bytes.
+            slots: Column of fixed size -> ``(rows, row_bytes)`` uint8, C-contiguous; columns that the segment lacks are
+                left as they are. Of a tensor column all ``page_rows`` rows, of others ``source.rows_of_page(page)``.
+            variable: Columns of variable size that are wanted.
+
+        Returns:
+            Rows of the columns named by ``variable``.
+
+        Raises:
+            CorruptionError: It is not what was written.
+        """
+        if checksum(stored) != int(source.crc32c[page]):
+            raise self._mismatch(source, page)
+        try:
+            if not source.object.endswith(".arrow"):
+                codec_named(source.codec).decode_into(stored, slots[source.columns[0]].reshape(-1))
+                return {}
+            columns = self._arrow_page(source, page, stored)
+        except CorruptionError as error:
+            raise CorruptionError(f"page {page} of {self._where(source)}: {error}") from error
+        for path, slot in slots.items():
+            if path in columns:
+                rows = columns[path]
+                slot.reshape(-1).view(rows.dtype)[...] = rows
+        return {path: columns[path] for path in variable}
+
     def _runs(self, source: PageSource, column: Column, pages: range) -> list[range]:
         """Neighbours that one thread reads and decodes together."""
         if len(pages) * source.page_rows * column.row_bytes < _PARALLEL_BYTES:
@@ -126,6 +174,12 @@ class SegmentReader:
             function(runs[0])
         else:
             self._workers.map(function, runs)
+
+    def _check_rows(self, source: PageSource) -> None:
+        extra = any(column.extra for path in source.columns if (column := self._schema.get(path)) is not None)
+        named = self.entry.steps + (self.entry.trajectories if extra else 0)
+        if source.rows < named:
+            raise CorruptionError(f"{self._where(source)} has {source.rows} rows, its manifest says {named}")
 
     def _source(self, path: str) -> PageSource:
         try:
@@ -229,27 +283,39 @@ def _batches(source: PageSource, pages: range) -> list[range]:
 
 
 class SegmentReaders:
-    """The segments that a handle has opened.
+    """The segments that a handle has opened. Used by several threads.
 
     Args:
-        schema: Of the store.
         filesystem: Where the store is.
         workers: Decode pages.
-        keep: Most page indexes kept in memory.
+        keep: Most page indexes kept in memory, a few kilobytes each.
     """
 
-    def __init__(self, filesystem: Filesystem, workers: Workers, *, keep: int = 1024) -> None:
+    def __init__(self, filesystem: Filesystem, workers: Workers, *, keep: int = 16384) -> None:
         self._filesystem = filesystem
         self._workers = workers
         self._keep = keep
+        self._lock = threading.Lock()
         self._readers: dict[str, SegmentReader] = {}
 
     def open(self, entry: SegmentEntry, schema: Schema) -> SegmentReader:
         """The reader of a segment; its page index is read once."""
-        reader: Any = self._readers.get(entry.uuid)
-        if reader is None:
-            reader = SegmentReader(entry, schema, self._filesystem, self._workers)
-            while len(self._readers) >= self._keep:
+        return self._readers.get(entry.uuid) or self.open_many([entry], schema)[0]
+
+    def open_many(self, entries: Sequence[SegmentEntry], schema: Schema) -> list[SegmentReader]:
+        """The readers of several segments; page indexes not yet known are read concurrently."""
+        found = {entry.uuid: self._readers.get(entry.uuid) for entry in entries}
+        unknown = [entry for entry in entries if found[entry.uuid] is None]
+        for lot in (unknown[i : i + _OPENED_TOGETHER] for i in range(0, len(unknown), _OPENED_TOGETHER)):
+            indexes = self._filesystem.read_many([layout.segment_key(e.uuid, layout.PAGES_FILE) for e in lot])
+            for entry, data in zip(lot, indexes, strict=True):
+                found[entry.uuid] = SegmentReader(entry, schema, self._filesystem, self._workers, data)
+        self._remember(reader for entry in unknown if (reader := found[entry.uuid]) is not None)
+        return [reader for entry in entries if (reader := found[entry.uuid]) is not None]
+
+    def _remember(self, readers: Iterable[SegmentReader]) -> None:
+        with self._lock:
+            for reader in readers:
+                self._readers[reader.entry.uuid] = reader
+            while len(self._readers) > self._keep:
                 self._readers.pop(next(iter(self._readers)))
-            self._readers[entry.uuid] = reader
-        return reader  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from trajstore.errors import UntrustedBaseError
 from trajstore.format.manifest import INDEX_FIELDS, SegmentEntry, live_rows, table_schema
+from trajstore.schema import Schema
 from trajstore.storage.commit import History, Version
 from trajstore.stored import Array
 
@@ -47,6 +48,20 @@ class TrajectoryTable:
 
     def __len__(self) -> int:
         return len(self.id)
+
+    @property
+    def schema(self) -> Schema:
+        """Columns and metadata fields of the version."""
+        return self.version.snapshot.schema
+
+    def flags(self, name: str) -> Array:
+        """``(n,)`` bool: ``"terminated"`` or ``"truncated"``; only this column is read."""
+        entries = self.version.snapshot.manifests
+        parts = [
+            live_rows(entry, manifest.table.select([name]))[name].to_numpy()
+            for entry, manifest in zip(entries, self._history.read_manifests(entries, [name]), strict=True)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, bool)
 
     @cached_property
     def full(self) -> pa.Table:

@@ -1,0 +1,456 @@
+"""Windows of a selection, gathered from the page cache.
+
+Invariant: no interpreter work per window. Rows are planned by array arithmetic, looked up once per group of columns that
+share their pages, and copied by one ``index_select`` per column into memory that is used again.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trajstore.errors import CorruptionError, SelectionError
+from trajstore.feed.layout import Block, Value, torch_dtype
+from trajstore.read.arena import Need, PageGroup, group_name
+from trajstore.read.cache import Demand, DoesNotFitError, PageCache, Reservation
+from trajstore.read.segment import SegmentReaders
+from trajstore.read.selection import Selection
+from trajstore.read.variable import VariablePages
+from trajstore.sample.window import Future, Output, WindowSpec
+from trajstore.schema import Column
+from trajstore.stored import Array, ragged_values, to_user
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_METADATA_DTYPES = {"bool": torch.bool, "int64": torch.int64, "float64": torch.float64, "timestamp": torch.int64}
+
+
+@dataclass(eq=False)
+class Windows:
+    """Windows that are gathered together.
+
+    Attributes:
+        trajectories: ``(n,)`` int64, positions in the selection.
+        steps: ``(n,)`` int64, the anchors.
+        uniforms: For each drawn row (``future``), ``(n,)`` float64 in [0, 1), by name of its output.
+    """
+
+    trajectories: Array
+    steps: Array
+    uniforms: Mapping[str, Array]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Rows that several outputs read: relative to the trajectory, and which of them lie outside it."""
+
+    relative: Array  # (n, w) int64
+    outside: Array | None  # (n, w) bool; None if none can
+
+
+@dataclass(eq=False)
+class _Lookup:
+    """Rows of one group of columns, in pages."""
+
+    group: PageGroup
+    pages: Array  # (n, w) int64
+    inside: Array  # (n, w) int64, row within the page
+    outputs: list[Output]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Memory that a block describes."""
+
+    block: Block
+    data: torch.Tensor  # (nbytes,) uint8
+
+    def rows(self, output: Output, lo: int, hi: int) -> torch.Tensor:
+        """Memory of an output's rows for windows ``[lo, hi)``, ``(rows, row_bytes)`` uint8."""
+        assert isinstance(output.source, Column)
+        width = len(output.offsets)
+        return self.block.rows(self.data, output.name, output.source.row_bytes)[lo * width : hi * width]
+
+
+class Gatherer:
+    """Gathers windows of one selection.
+
+    Args:
+        selection: The trajectories.
+        spec: What a window holds.
+        cache: Where pages are kept.
+        readers: Page indexes, for columns of variable size.
+        variable: Pages of these.
+        source: Position of the view in a mix.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        spec: WindowSpec,
+        cache: PageCache,
+        readers: SegmentReaders,
+        variable: VariablePages,
+        *,
+        source: int = 0,
+    ) -> None:
+        self.selection = selection
+        self._source = source
+        self.spec = spec
+        self._cache = cache
+        self._readers = readers
+        self._variable = variable
+        self._stored = [o for o in spec.outputs if isinstance(o.source, Column) and not o.source.is_variable]
+        self._texts = [o for o in spec.outputs if isinstance(o.source, Column) and o.source.is_variable]
+        self._fields = [o for o in spec.outputs if isinstance(o.source, str)]
+        self._per_trajectory = {o.name: self._trajectory_values(str(o.source)) for o in self._fields}
+        table = selection.table
+        self._segments = cache.number_segments(table.segments)  # (segments,) int64, the cache's numbers
+        self._check_table()
+        self._reservation = self._reserve()
+        weakref.finalize(self, self._reservation.release).atexit = False  # of what nobody closed
+        self._terminated = selection.terminated if spec.n_step is not None else None
+        self.stored_values = tuple(self._value(o, torch_dtype(o.source)) for o in self._stored)  # type: ignore[arg-type]
+        self.computed_values = tuple(self._computed_values())
+
+    def close(self) -> None:
+        """The cache need not keep its arenas for this any longer. May be called twice."""
+        self._reservation.release()
+
+    @property
+    def objects(self) -> bool:
+        """Whether a batch holds what is no tensor: texts or ragged lists."""
+        return bool(self._texts) or any(self._per_trajectory[o.name].dtype == object for o in self._fields)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step of all stored columns that are read."""
+        return sum({c.path: c.row_bytes for o in self._stored if isinstance(c := o.source, Column)}.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are gathered."""
+        return self._cache.device
+
+    def gather(self, windows: Windows, stored: Target, computed: Target, first: int) -> dict[str, Any]:
+        """Fill windows ``first`` to ``first + len(windows)`` of a batch.
+
+        Args:
+            windows: Which.
+            stored: For ``stored_values``, on ``device``.
+            computed: For ``computed_values``, in main memory.
+            first: Where they begin.
+
+        Returns:
+            What is no tensor: object arrays, and pairs of values and offsets for ragged columns.
+        """
+        rows = self._rows(windows)
+        table_rows = self.selection.rows[windows.trajectories]
+        self._compute(windows, rows, computed, first)
+        lookups = self._lookups(rows, table_rows)
+        if lookups:
+            self._copy(lookups, stored, first, 0, len(windows))
+        if self.spec.pad == "zero":
+            for output in self._stored:
+                outside = rows[_key(output)].outside
+                if outside is not None and outside.any():
+                    mask = torch.from_numpy(outside.reshape(-1)).to(self.device)
+                    stored.rows(output, first, first + len(windows))[mask] = 0
+        return self._objects(windows, rows, table_rows)
+
+    # Planning
+
+    def _rows(self, windows: Windows) -> dict[Any, _Rows]:
+        lengths = self.selection.table.length[self.selection.rows[windows.trajectories]]
+        planned: dict[Any, _Rows] = {}
+        for output in self.spec.outputs:
+            key = _key(output)
+            if key not in planned:
+                planned[key] = self._relative(output, windows, lengths)
+        return planned
+
+    def _relative(self, output: Output, windows: Windows, lengths: Array) -> _Rows:
+        if output.future is not None:
+            ahead = lengths + output.extra - 1 - windows.steps
+            jump = _draw_ahead(ahead, windows.uniforms[output.name], output.future)
+            return _Rows((windows.steps + jump)[:, None], None)
+        base = windows.steps
+        returns = self.spec.n_step
+        if output.bootstrap and returns is not None:
+            base = base + np.minimum(returns.steps, lengths - windows.steps)
+        relative = base[:, None] + output.offsets
+        is_reward = returns is not None and output.name == "reward"
+        if self.spec.pad == "none" and not output.bootstrap and not is_reward:
+            return _Rows(relative, None)
+        last = (lengths + (output.extra - 1))[:, None]
+        outside = (relative < 0) | (relative > last)
+        return _Rows(np.clip(relative, 0, last), None if is_reward or self.spec.pad == "none" else outside)
+
+    def _lookups(self, rows: Mapping[Any, _Rows], table_rows: Array) -> list[_Lookup]:
+        table = self.selection.table
+        segments = self._segments[table.segment[table_rows]]
+        starts = table.start[table_rows]
+        found: dict[Any, _Lookup] = {}
+        for output in self._stored:
+            assert isinstance(output.source, Column)
+            group = self._cache.group(group_name(output.source))
+            key = (group.name, _key(output))
+            if key in found:
+                found[key].outputs.append(output)
+                continue
+            base = group.base[segments]
+            if base.min(initial=0) < 0:
+                self._cache.open_segments(segments[base < 0])
+                group = self._cache.group(group.name)
+                base = group.base[segments]
+                if base.min(initial=0) < 0:
+                    raise CorruptionError(
+                        f"column {output.source.path!r} is missing from the page index of a segment whose manifest names it"
+                    )
+            first = starts + table.ordinal[table_rows] if output.extra else starts
+            absolute = rows[_key(output)].relative + first[:, None]
+            pages = (absolute >> group.shift[segments][:, None]) + base[:, None]
+            absolute &= group.mask[segments][:, None]
+            found[key] = _Lookup(group, pages, absolute, [output])
+        return list(found.values())
+
+    # Copying
+
+    def _copy(self, lookups: Sequence[_Lookup], target: Target, first: int, lo: int, hi: int) -> None:
+        """Copy windows ``[lo, hi)``, in halves if their pages do not fit into the cache at once."""
+        demands: list[Demand] = [(lookup.group, lookup.pages[lo:hi]) for lookup in lookups]
+        try:
+            lease = self._cache.acquire(demands)
+        except DoesNotFitError:
+            if hi - lo > 1:
+                middle = (lo + hi) // 2
+                self._copy(lookups, target, first, lo, middle)
+                self._copy(lookups, target, first, middle, hi)
+                return
+            lease = self._cache.acquire(demands, alone=True)
+        with lease:
+            for lookup, begins in zip(lookups, lease.starts, strict=True):
+                begins += lookup.inside[lo:hi]
+                index = torch.from_numpy(begins.reshape(-1)).to(self.device)
+                for output in lookup.outputs:
+                    assert isinstance(output.source, Column)
+                    _select(lookup.group.arenas[output.source.path], index, target.rows(output, first + lo, first + hi))
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # until then the pages must stay
+
+    # What is computed rather than copied
+
+    def _value(self, output: Output, dtype: torch.dtype, name: str | None = None) -> Value:
+        time = () if output.squeezed else (len(output.offsets),)
+        inner = output.source.shape if isinstance(output.source, Column) and name is None else ()
+        return Value(name or output.name, dtype, (*time, *inner))
+
+    def _computed_values(self) -> list[Value]:
+        values = [
+            self._value(output, self._virtual_dtype(str(output.source)))
+            for output in self._fields
+            if self._per_trajectory[output.name].dtype != object
+        ]
+        values += [self._value(output, torch.bool, name) for name, output in self._pad_masks().items()]
+        if self.spec.n_step is not None:
+            values.append(Value("discount", torch.float32, ()))
+            values.append(Value(REWARDS, torch.int64, ()))
+        return values
+
+    def _pad_masks(self) -> dict[str, Output]:
+        """Names of the masks, and the outputs that they describe."""
+        if self.spec.pad == "none":
+            return {}
+        if self.spec.by_column:
+            return {f"is_pad/{o.name}": o for o in self.spec.outputs if o.future is None and not self._is_reward(o)}
+        plain = next((o for o in self.spec.outputs if not (o.bootstrap or o.future or self._is_reward(o))), None)
+        if plain is None:
+            return {}
+        offsets = plain.offsets - plain.offsets[0]
+        return {"is_pad": Output("is_pad", "step", offsets, plain.squeezed)}
+
+    def _is_reward(self, output: Output) -> bool:
+        return self.spec.n_step is not None and output.name == "reward"
+
+    def _compute(self, windows: Windows, rows: Mapping[Any, _Rows], computed: Target, first: int) -> None:
+        data = computed.data.numpy()
+
+        def put(name: str, values: Array) -> None:
+            target = computed.block.array(data, name)[first : first + len(windows)]
+            target.reshape(-1).view(values.dtype).reshape(values.shape)[...] = values
+
+        lengths = self.selection.table.length[self.selection.rows[windows.trajectories]]
+        for output in self._fields:
+            if self._per_trajectory[output.name].dtype == object:
+                continue
+            values = self._virtual(output, windows, rows[_key(output)], lengths)
+            put(output.name, values)
+        for name, output in self._pad_masks().items():
+            planned = rows[_key(output)] if name != "is_pad" else self._relative(output, windows, lengths)
+            outside = planned.outside
+            put(name, np.zeros(planned.relative.shape, bool) if outside is None else outside)
+        returns = self.spec.n_step
+        if returns is not None:
+            count = np.minimum(returns.steps, lengths - windows.steps)
+            discount = np.power(returns.gamma, count, dtype=np.float64)
+            assert self._terminated is not None
+            discount[self._terminated[windows.trajectories] & (windows.steps + count == lengths)] = 0.0
+            put("discount", discount.astype(np.float32))
+            put(REWARDS, count)
+
+    def _virtual(self, output: Output, windows: Windows, rows: _Rows, lengths: Array) -> Array:
+        """``(n, w)`` values of a virtual column or a metadata field."""
+        name, steps = str(output.source), rows.relative
+        if name in ("terminated", "truncated", "is_last", "is_first", "step"):
+            values: Array = steps == 0 if name == "is_first" else steps
+            if name in ("terminated", "truncated", "is_last"):
+                values = steps == (lengths - 1)[:, None]
+            if name in ("terminated", "truncated"):
+                values = values & self._per_trajectory[output.name][windows.trajectories][:, None]
+            if self.spec.pad == "zero" and rows.outside is not None:
+                values = np.where(rows.outside, values.dtype.type(0), values)
+            return values
+        if name == "source":
+            return np.full(steps.shape, self._source)
+        of_window = windows.trajectories
+        if name != "trajectory":
+            of_window = self._per_trajectory[output.name][of_window]
+        return np.broadcast_to(of_window[:, None], steps.shape)
+
+    def _virtual_dtype(self, name: str) -> torch.dtype:
+        if name in ("terminated", "truncated", "is_first", "is_last"):
+            return torch.bool
+        if name in ("step", "trajectory", "source"):
+            return torch.int64
+        return _METADATA_DTYPES[self.selection.schema.metadata[name]]
+
+    def _trajectory_values(self, name: str) -> Array:
+        """``(n,)`` one value for each trajectory; empty for columns that need none."""
+        if name in ("terminated", "truncated"):
+            return self.selection.terminated if name == "terminated" else self.selection.truncated
+        kind = self.selection.schema.metadata.get(name)
+        if kind is None:
+            return np.empty(0, np.int64)
+        column = self.selection.table.full[name].take(self.selection.rows)
+        if kind in ("string", "bytes"):
+            values = np.empty(len(column), object)
+            values[:] = column.to_pylist()
+            return values
+        if kind == "float64":
+            return column.to_numpy()  # type: ignore[no-any-return]
+        if column.null_count:
+            raise SelectionError(
+                f"metadata field {name!r} is not set for {column.null_count} of {len(column)} trajectories, and {kind} has "
+                f'no value for that; select those that have it: view.filter("{name} == {name}")'
+            )
+        array: Array = column.to_numpy()
+        return array.astype("datetime64[ns]").view(np.int64) if kind == "timestamp" else array
+
+    # Texts and ragged lists
+
+    def _objects(self, windows: Windows, rows: Mapping[Any, _Rows], table_rows: Array) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for output in self._fields:
+            per_trajectory = self._per_trajectory[output.name]
+            if per_trajectory.dtype == object:
+                shape = (len(windows), len(output.offsets))
+                values = np.broadcast_to(per_trajectory[windows.trajectories][:, None], shape).copy()
+                found[output.name] = values[:, 0] if output.squeezed else values
+        for output in self._texts:
+            found[output.name] = self._text(output, rows[_key(output)], table_rows)
+        return found
+
+    def _text(self, output: Output, rows: _Rows, table_rows: Array) -> Any:
+        column, table = output.source, self.selection.table
+        assert isinstance(column, Column)
+        first = table.start[table_rows] + (table.ordinal[table_rows] if column.extra else 0)
+        absolute = rows.relative + first[:, None]
+        segments = np.broadcast_to(table.segment[table_rows][:, None], absolute.shape)
+        absent = np.zeros(absolute.shape, bool)
+        if self.spec.pad == "zero" and rows.outside is not None:
+            absent = rows.outside
+        wanted, places, before = {}, np.empty(absolute.size, np.int64), 0
+        for number in np.unique(segments).tolist():
+            mine = np.flatnonzero(segments.reshape(-1) == number)
+            reader = self._readers.open(table.segments[number], self.selection.schema)
+            wanted[reader] = absolute.reshape(-1)[mine]
+            places[mine] = np.arange(before, before + len(mine))
+            before += len(mine)
+        taken = self._variable.take(column, wanted, places, absent=absent.reshape(-1))
+        if column.ragged:
+            offsets = taken.offsets.to_numpy().astype(np.int64)
+            values = ragged_values(column, taken)
+            if isinstance(values, np.ndarray) and values.dtype != object:
+                values = torch.from_numpy(np.ascontiguousarray(values))
+            return values, torch.from_numpy(offsets - offsets[0])
+        texts = to_user(column, taken).reshape(absolute.shape)
+        return texts[:, 0] if output.squeezed else texts
+
+    # Set-up
+
+    def _check_table(self) -> None:
+        """A manifest must not send anybody beyond the end of a segment."""
+        table = self.selection.table
+        if not len(table):
+            return
+        steps = np.fromiter((s.steps for s in table.segments), np.int64, len(table.segments))
+        if (table.start + table.length > steps[table.segment]).any() or (table.start < 0).any():
+            raise CorruptionError("a manifest places trajectories outside their segment; restore it from a copy")
+
+    def _reserve(self) -> Reservation:
+        pages: dict[str, int] = {}
+        for output in self._stored:
+            assert isinstance(output.source, Column)
+            name = group_name(output.source)
+            pages[name] = pages.get(name, 0) + self.spec.pages_per_window(output, self._page_rows(name))
+        schema = self.selection.schema
+        needs = {}
+        for name, count in pages.items():
+            columns = tuple(c for c in schema if not c.is_variable and group_name(c) == name)
+            needs[name] = Need(columns, count)
+        segments = self._segments[self.selection.segments]
+        return self._cache.reserve(needs, segments, schema)
+
+    def _page_rows(self, name: str) -> int:
+        """Rows of a group's smallest page in the longest segment."""
+        table = self.selection.table
+        longest = max(self.selection.segments.tolist(), key=lambda n: table.segments[n].steps)
+        source = self._readers.open(table.segments[longest], self.selection.schema).by_group.get(name)
+        return 1 if source is None else source.page_rows
+
+
+# Not for users: how many rewards each return has; the return is computed from it on the device.
+REWARDS = "n_step rewards"
+
+
+def _key(output: Output) -> Any:
+    """Outputs with the same key read the same rows."""
+    return output.offsets.tobytes(), output.extra, output.bootstrap, output.name if output.future else ""
+
+
+def _draw_ahead(ahead: Array, uniforms: Array, further: Future) -> Array:
+    """How far ahead to read: ``1 .. ahead``, geometric and truncated, by inversion; 0 where nothing is ahead."""
+    if further.gamma == 1.0:
+        drawn = np.floor(uniforms * ahead) + 1
+    else:
+        mass = -np.expm1(ahead * math.log(further.gamma))
+        drawn = np.floor(np.log1p(-uniforms * mass) / math.log(further.gamma)) + 1
+    steps: Array = np.minimum(drawn.astype(np.int64), ahead)
+    return steps
+
+
+def _select(arena: torch.Tensor, index: torch.Tensor, target: torch.Tensor) -> None:
+    """``target[i] = arena[index[i]]`` for rows of bytes."""
+    width = arena.shape[1]
+    integer = _INTEGERS.get(width)
+    if integer is not None:  # one number per row: no copy of slices
+        arena, target = arena.view(integer).view(-1), target.view(integer).view(-1)
+    torch.index_select(arena, 0, index, out=target)

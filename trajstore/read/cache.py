@@ -1,0 +1,398 @@
+"""The page cache: decoded pages of a store, shared by all its views and loaders.
+
+Invariant: the arenas never take more than the cache's bytes; a page that a lease covers is neither evicted nor moved; and
+nobody waits while holding a lease, except for reads that are under way, so leases cannot wait for each other in a circle.
+
+A look-up is one array operation per group of columns, whatever the number of windows. Pages that are missing are read
+together. The least recently used pages go first, by the tick of the lease that used them last.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from trajstore.errors import CacheTooSmallError, CorruptionError, StorageTimeoutError
+from trajstore.format.manifest import SegmentEntry
+from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup, divide
+from trajstore.read.extents import extent_rows
+from trajstore.read.fetch import PageFetcher, PageRequest
+from trajstore.read.segment import SegmentReader, SegmentReaders
+from trajstore.schema import Schema
+from trajstore.stored import Array
+
+DEFAULT_CACHE_BYTES = 1 << 30
+# Page indexes that are read when a loader is made, to learn how large pages are: those of the longest segments.
+_SEGMENTS_PROBED = 8
+_WAIT_S = 600.0
+
+Demand: TypeAlias = tuple[PageGroup, Array]  # page numbers of any shape; repeated as they come
+
+
+class DoesNotFitError(Exception):
+    """The pages asked for are more than the cache holds at once: ask for fewer."""
+
+
+@dataclass
+class CacheStats:
+    """What a cache has done. Rows are counted per group of columns that share their pages, window and offset.
+
+    Attributes:
+        hits: Rows that were resident when asked for.
+        misses: Rows whose page had to be read.
+        pages_read: Pages read and decoded.
+        bytes_read: Their stored bytes.
+        bytes_decoded: Their bytes in memory.
+        evictions: Pages given up for others.
+        used_bytes: Bytes of the arenas that hold pages now.
+        capacity_bytes: Bytes of the arenas.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    pages_read: int = 0
+    bytes_read: int = 0
+    bytes_decoded: int = 0
+    evictions: int = 0
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+
+
+class Lease:
+    """Pages that stay where they are until ``release``."""
+
+    __slots__ = ("_cache", "_tick", "starts")
+
+    def __init__(self, cache: PageCache, tick: int, starts: list[Array]) -> None:
+        self._cache = cache
+        self._tick = tick
+        self.starts = starts  # for each demand: the arena row at which each page begins, shaped like the demand
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cache._release(self._tick)
+
+
+class Reservation:
+    """Arenas that are kept as long as somebody uses them."""
+
+    def __init__(self, cache: PageCache, names: Sequence[str]) -> None:
+        self._cache = cache
+        self._names = names
+
+    def release(self) -> None:
+        """They are no longer used. May be called twice."""
+        names, self._names = self._names, []
+        self._cache._unreserve(names)
+
+
+class PageCache:
+    """Decoded pages in memory.
+
+    Args:
+        nbytes: Hard bound of all arenas.
+        readers: Page indexes of segments.
+        fetcher: Reads pages.
+        device: Where the arenas are.
+    """
+
+    def __init__(
+        self, nbytes: int, readers: SegmentReaders, fetcher: PageFetcher, *, device: torch.device | str = "cpu"
+    ) -> None:
+        self.nbytes = nbytes
+        self.device = torch.device(device)
+        self._fetcher = fetcher
+        self._readers = readers
+        self._condition = threading.Condition(threading.RLock())
+        self._groups: dict[str, PageGroup] = {}
+        self._needs: dict[str, Need] = {}
+        self._users: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}  # of segments, by uuid
+        self._entries: list[SegmentEntry] = []
+        self._schema = Schema()
+        self._tick = 0
+        self._leases: set[int] = set()
+        self._stats = CacheStats()
+
+    def stats(self) -> CacheStats:
+        """The counters as they are now."""
+        with self._condition:
+            groups = self._groups.values()
+            return replace(
+                self._stats,
+                used_bytes=sum(group.used_bytes for group in groups),
+                capacity_bytes=sum(group.capacity_bytes for group in groups),
+            )
+
+    def group(self, name: str) -> PageGroup:
+        """A group that is reserved."""
+        return self._groups[name]
+
+    def number_segments(self, entries: Sequence[SegmentEntry]) -> Array:
+        """The cache's numbers of segments, ``(n,)`` int64; new ones get the next."""
+        with self._condition:
+            for entry in entries:
+                if entry.uuid not in self._numbers:
+                    self._numbers[entry.uuid] = len(self._entries)
+                    self._entries.append(entry)
+            for group in self._groups.values():
+                group.know_segments(len(self._entries))
+            return np.fromiter((self._numbers[entry.uuid] for entry in entries), np.int64, len(entries))
+
+    def reserve(self, needs: Mapping[str, Need], segments: Array, schema: Schema) -> Reservation:
+        """Keep arenas for some groups of columns.
+
+        Args:
+            needs: Group name -> what one window needs of it.
+            segments: Numbers of the segments that will be read.
+            schema: Of the store.
+
+        Raises:
+            CacheTooSmallError: One window needs more than the cache has; says how much.
+        """
+        probed = sorted(np.unique(segments).tolist(), key=lambda n: -self._entries[n].steps)[:_SEGMENTS_PROBED]
+        readers = self._readers.open_many([self._entries[n] for n in probed], schema)
+        with self._condition:
+            self._schema = schema
+            merged = {name: need.joined(self._needs.get(name)) for name, need in needs.items()}
+            largest = _largest_extents(merged, readers)
+            if not all(self._serves(name, need, largest[name]) for name, need in merged.items()):
+                kept = {name: need for name, need in self._needs.items() if self._users.get(name)}
+                self._rebuild({**kept, **merged}, largest)
+            for name in needs:
+                self._users[name] = self._users.get(name, 0) + 1
+        self.open_segments(np.array(probed, np.int64))
+        return Reservation(self, list(needs))
+
+    def open_segments(self, numbers: Array) -> None:
+        """Read the page indexes of segments, so that their pages have numbers in every group.
+
+        Raises:
+            CacheTooSmallError: A segment has pages too large for the cache.
+            CorruptionError: A page index does not agree with the manifest.
+        """
+        wanted = np.unique(numbers).tolist()
+        readers = self._readers.open_many([self._entries[n] for n in wanted], self._schema)
+        with self._condition:
+            largest = _largest_extents(self._needs, readers)
+            if any(rows > self._groups[name].largest for name, rows in largest.items()):
+                self._rebuild(self._needs, largest)
+            for number, reader in zip(wanted, readers, strict=True):
+                for group in self._groups.values():
+                    if group.base[number] < 0 and group.name in reader.by_group:
+                        group.add_segment(number, _geometry(reader, group.name))
+
+    def acquire(self, demands: Sequence[Demand], *, alone: bool = False) -> Lease:
+        """Have pages resident, reading those that are not.
+
+        Args:
+            demands: What is wanted.
+            alone: Evict everything else first, so that what fits in an empty cache fits.
+
+        Raises:
+            DoesNotFitError: They do not fit at once.
+            CorruptionError: A page is not what was written.
+            StorageError: The disk or bucket failed.
+        """
+        first = True
+        while True:
+            with self._condition:
+                self._tick += 1
+                tick = self._tick
+                starts = [group.row_of_page[pages] for group, pages in demands]
+                complete = all(int(found.min()) >= 0 for found in starts)
+                for group, pages in demands:
+                    group.last_use[pages] = tick
+                if first:
+                    self._count(starts, complete)
+                    first = False
+                if complete:
+                    self._leases.add(tick)
+                    return Lease(self, tick, starts)
+                if alone and not self._leases:
+                    for group, _ in demands:
+                        collections.deque(self._evicting(group, tick + 1), maxlen=0)
+                mine, theirs = _missing(demands)
+                if not self._make_room(mine, tick):
+                    if not self._leases:
+                        raise DoesNotFitError
+                    self._wait("room in the page cache")  # whoever holds pages is only copying from them
+                    continue
+                self._leases.add(tick)
+            try:
+                self._load(mine)
+                with self._condition:
+                    while any((group.row_of_page[pages] == LOADING).any() for group, pages in theirs):
+                        self._wait("a page that another thread reads")
+                    starts = [group.row_of_page[pages] for group, pages in demands]
+                    if all(int(found.min()) >= 0 for found in starts):
+                        return Lease(self, tick, starts)
+            except BaseException:
+                self._release(tick)
+                raise
+            self._release(tick)  # the other thread failed: try it here
+
+    def clear(self) -> None:
+        """Give all pages and their memory up."""
+        with self._condition:
+            self._groups.clear()
+            self._needs.clear()
+            self._users.clear()
+
+    def _release(self, tick: int) -> None:
+        with self._condition:
+            self._leases.discard(tick)
+            self._condition.notify_all()
+
+    def _unreserve(self, names: Sequence[str]) -> None:
+        with self._condition:
+            for name in names:
+                if name in self._users:
+                    self._users[name] -= 1
+
+    def _load(self, missing: Sequence[Demand]) -> None:
+        """Read pages into the extents that were taken for them; publish them, or give the extents back."""
+        loaded = False
+        nbytes = 0
+        try:
+            wanted = [(group, page) for group, pages in missing for page in pages.tolist()]
+            requests = [self._request(group, page) for group, page in wanted]
+            self._fetcher.fetch(requests)
+            if self.device.type != "cpu":
+                for (group, page), request in zip(wanted, requests, strict=True):
+                    group.upload(group.loading[page], request.slots)
+            loaded = True
+        finally:
+            with self._condition:
+                for group, pages in missing:
+                    for page in pages.tolist():
+                        group.end_load(page, loaded=loaded)
+                        nbytes += int(group.extent_of_page[page]) * group.row_bytes
+                if loaded:
+                    self._stats.pages_read += len(requests)
+                    self._stats.bytes_read += sum(int(r.source.nbytes[r.page]) for r in requests)
+                    self._stats.bytes_decoded += nbytes
+                self._condition.notify_all()
+
+    def _request(self, group: PageGroup, page: int) -> PageRequest:
+        segment = int(group.segment_of_page[page])
+        reader = self._readers.open(self._entries[segment], self._schema)
+        source = reader.by_group[group.name]
+        number = page - int(group.base[segment])
+        rows = reader.decoded_rows(source, number)
+        slots = group.rows_at(group.loading[page], rows) if self.device.type == "cpu" else group.staging(rows)
+        return PageRequest(reader, source, number, slots)
+
+    # What follows runs under the condition's lock.
+
+    def _wait(self, what: str) -> None:
+        if not self._condition.wait(_WAIT_S):
+            raise StorageTimeoutError(f"waited {_WAIT_S:.0f} s for {what}; the storage does not answer")
+
+    def _serves(self, name: str, need: Need, largest: int) -> bool:
+        group = self._groups.get(name)
+        if group is None or not set(need.columns) <= set(group.columns) or largest > group.largest:
+            return False
+        return group.extents.capacity >= need.pages * group.largest
+
+    def _rebuild(self, needs: Mapping[str, Need], largest: Mapping[str, int]) -> None:
+        """Divide the cache anew. Nothing stays resident."""
+        names = list(needs)
+        rows = {n: max(largest.get(n, 1), self._groups[n].largest if n in self._groups else 1) for n in names}
+        widths = {n: sum(c.row_bytes for c in needs[n].columns) for n in names}
+        wanted = [(widths[n], needs[n].pages * rows[n], rows[n]) for n in names]
+        capacities = divide(self.nbytes, wanted)
+        if capacities is None:
+            least = sum(width * pages for width, pages, _ in wanted)
+            widest = max(range(len(names)), key=lambda i: wanted[i][0] * wanted[i][1])
+            raise CacheTooSmallError(
+                f"cache_bytes={self.nbytes} is below what one window needs resident at once ({least} bytes, most of them "
+                f"pages of {needs[names[widest]].columns[0].path!r}); pass cache_bytes >= {least}"
+            )
+        while self._leases:
+            self._wait("batches that are being copied")
+        self._needs = dict(needs)
+        before, self._groups = self._groups, {}
+        for name, capacity in zip(names, capacities, strict=True):
+            group = before.pop(name, None)
+            if group is None or not set(needs[name].columns) <= set(group.columns):
+                group = PageGroup(name, needs[name].columns, self.device)
+            group.largest = rows[name]
+            group.know_segments(len(self._entries))
+            group.arenas = {}  # let go of the memory before more is asked for
+            group.allocate(capacity)
+            self._groups[name] = group
+
+    def _count(self, starts: Sequence[Array], complete: bool) -> None:
+        asked = sum(found.size for found in starts)
+        missed = 0 if complete else sum(int((found < 0).sum()) for found in starts)
+        self._stats.hits += asked - missed
+        self._stats.misses += missed
+
+    def _make_room(self, missing: Sequence[Demand], tick: int) -> bool:
+        """Take an extent for every page, evicting others; all or none."""
+        floor = min(self._leases, default=tick)
+        taken: list[tuple[PageGroup, int, int]] = []
+        for group, pages in missing:
+            victims = self._evicting(group, floor)
+            sizes = group.extent_of_page[pages]
+            for page in pages[np.argsort(-sizes, kind="stable")].tolist():  # large ones find places first
+                size = int(group.extent_of_page[page])
+                start = group.extents.take(size)
+                while start is None and next(victims, False):
+                    start = group.extents.take(size)
+                if start is None:
+                    for other, number, where in taken:
+                        other.extents.give(where, int(other.extent_of_page[number]))
+                    return False
+                taken.append((group, page, start))
+        for group, page, start in taken:
+            group.begin_load(page, start)
+        return True
+
+    def _evicting(self, group: PageGroup, floor: int) -> Iterator[bool]:
+        """Each step evicts the least recently used page that no lease covers."""
+        for page in group.evictable(floor).tolist():
+            group.evict(page)
+            self._stats.evictions += 1
+            yield True
+
+
+def _missing(demands: Sequence[Demand]) -> tuple[list[Demand], list[Demand]]:
+    """Pages that nobody has, and pages that other threads are loading."""
+    wanted: dict[str, tuple[PageGroup, list[Array]]] = {}
+    for group, pages in demands:
+        wanted.setdefault(group.name, (group, []))[1].append(pages[group.row_of_page[pages] < 0])
+    absent, loading = [], []
+    for group, parts in wanted.values():
+        pages = np.unique(np.concatenate(parts))
+        state = group.row_of_page[pages]
+        absent.append((group, pages[state == ABSENT]))
+        loading.append((group, pages[state == LOADING]))
+    return absent, loading
+
+
+def _largest_extents(needs: Mapping[str, Need], readers: Sequence[SegmentReader]) -> dict[str, int]:
+    """Rows of the largest extent that pages of these segments need, by group."""
+    return {
+        name: max((extent_rows(_geometry(r, name).page_rows) for r in readers if name in r.by_group), default=1)
+        for name in needs
+    }
+
+
+def _geometry(reader: SegmentReader, name: str) -> Geometry:
+    source = reader.by_group[name]
+    pages = len(source.offsets)
+    if pages > 1 and source.page_rows & (source.page_rows - 1):
+        raise CorruptionError(
+            f"segment {reader.entry.uuid}: {source.object} has pages of {source.page_rows} rows, expected a power of two"
+        )
+    return Geometry(pages, source.page_rows, reader.decoded_rows(source, pages - 1))

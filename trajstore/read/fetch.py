@@ -1,0 +1,154 @@
+"""Stored pages to their slots in memory: coalesced reads, all under way together, decoded in parallel.
+
+Invariant: a slot is filled from verified bytes or the call raises; what a codec can write where it belongs is decoded there,
+without memory of its own on the way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from trajstore.errors import CorruptionError
+from trajstore.format import layout
+from trajstore.format.pages import PageSource
+from trajstore.read.disk_cache import DiskCache, PageName
+from trajstore.read.segment import SegmentReader
+from trajstore.storage.filesystem import Buffer, ByteRange, Filesystem
+from trajstore.storage.workers import Workers
+from trajstore.stored import Array, Stored
+
+
+@dataclass(eq=False)
+class PageRequest:
+    """One page that is wanted.
+
+    Attributes:
+        segment: Its segment.
+        source: The object in which it lies.
+        page: Its number there.
+        slots: Fixed-shape column -> ``(rows, row_bytes)`` uint8, to be filled; ``rows`` as ``source.rows_of_page`` says, for
+            a tensor column those of a whole page.
+        arrays: Variable-size columns of the page, once it has been fetched.
+    """
+
+    segment: SegmentReader
+    source: PageSource
+    page: int
+    slots: Mapping[str, Array]
+    variable: Sequence[str] = ()
+    arrays: dict[str, Stored] | None = None
+
+
+class PageFetcher:
+    """Reads and decodes pages of a store.
+
+    Args:
+        filesystem: Where the store is.
+        workers: Read, if the filesystem does not overlap reads itself, and decode.
+        disk_cache: Keeps stored pages on a local disk; None to read them from the store every time.
+    """
+
+    def __init__(self, filesystem: Filesystem, workers: Workers, disk_cache: DiskCache | None = None) -> None:
+        self._filesystem = filesystem
+        self._workers = workers
+        self.disk_cache = disk_cache
+        self._lock = threading.Lock()
+        self.pages_read = 0
+        self.bytes_read = 0  # stored bytes, from the store or its disk cache
+
+    def fetch(self, requests: Sequence[PageRequest]) -> None:
+        """Fill the slots of all requests.
+
+        Raises:
+            CorruptionError: A page is not what was written.
+            StorageError: The disk or bucket failed.
+        """
+        ordered = sorted(requests, key=_place)
+        if self._filesystem.overlaps_reads:
+            for lot in _lots(ordered):
+                stored = self._read(lot)
+                pairs = list(zip(lot, stored, strict=True))
+                self._workers.map(self._decode, _split(pairs, self._workers.threads))
+        else:
+            self._workers.map(self._read_and_decode, _split(ordered, 2 * self._workers.threads))
+
+    def _read_and_decode(self, requests: Sequence[PageRequest]) -> None:
+        for lot in _lots(requests, max_bytes=_LOCAL_LOT_BYTES):
+            self._decode(list(zip(lot, self._read(lot), strict=True)))
+
+    def _read(self, requests: Sequence[PageRequest]) -> list[Buffer]:
+        cache = self.disk_cache
+        if cache is None:
+            return self._filesystem.read_ranges([_range(r) for r in requests])
+        names = [_name(r) for r in requests]
+        stored: list[Buffer | None] = list(cache.get_many(names))
+        absent = []
+        for i, (request, data) in enumerate(zip(requests, stored, strict=True)):
+            if data is None or not request.segment.is_intact(request.source, request.page, data):
+                if data is not None:
+                    cache.discard(names[i])
+                absent.append(i)
+        found = self._filesystem.read_ranges([_range(requests[i]) for i in absent]) if absent else []
+        for i, data in zip(absent, found, strict=True):
+            stored[i] = data
+        if absent:
+            cache.put_many([names[i] for i in absent], [bytes(data) for data in found])
+        return [data for data in stored if data is not None]
+
+    def _decode(self, pairs: Sequence[tuple[PageRequest, Buffer]]) -> None:
+        nbytes = 0
+        for request, stored in pairs:
+            request.arrays = request.segment.decode_page(
+                request.source, request.page, stored, request.slots, request.variable
+            )
+            nbytes += len(stored)
+        with self._lock:
+            self.pages_read += len(pairs)
+            self.bytes_read += nbytes
+
+
+T = TypeVar("T")
+_LOT_BYTES = 64 * 1024 * 1024
+_LOCAL_LOT_BYTES = 2 * 1024 * 1024  # what is read is decoded while it is still in the processor's cache
+
+
+def _place(request: PageRequest) -> tuple[str, str, int]:
+    return request.segment.entry.uuid, request.source.object, request.page
+
+
+def _range(request: PageRequest) -> ByteRange:
+    source, page = request.source, request.page
+    if not 0 <= page < len(source.offsets):
+        raise CorruptionError(f"segment {request.segment.entry.uuid} has no page {page} of {source.object}")
+    start = int(source.offsets[page])
+    return ByteRange(
+        layout.segment_key(request.segment.entry.uuid, source.object), start, start + int(source.nbytes[page])
+    )
+
+
+def _name(request: PageRequest) -> PageName:
+    source, page = request.source, request.page
+    return PageName(request.segment.entry.uuid, source.object, page, int(source.nbytes[page]))
+
+
+def _lots(requests: Sequence[PageRequest], max_bytes: int = _LOT_BYTES) -> list[Sequence[PageRequest]]:
+    """Neighbours whose stored bytes fit in ``max_bytes``: reading many pages takes bounded memory."""
+    lots: list[Sequence[PageRequest]] = []
+    first = nbytes = 0
+    for i, request in enumerate(requests):
+        size = int(request.source.nbytes[request.page])
+        if i > first and nbytes + size > max_bytes:
+            lots.append(requests[first:i])
+            first, nbytes = i, 0
+        nbytes += size
+    return [*lots, requests[first:]]
+
+
+def _split(items: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """About equal runs of neighbours, none empty."""
+    edges = [round(i * len(items) / parts) for i in range(parts + 1)]
+    return [items[a:b] for a, b in itertools.pairwise(edges) if a < b]
