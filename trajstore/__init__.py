@@ -44,6 +44,7 @@ from trajstore.errors import (
     VersionNotFoundError,
 )
 from trajstore.feed.loader import Loader, LoaderStats
+from trajstore.mix import Mix, mix
 from trajstore.read.cache import CacheStats
 from trajstore.sample.window import future
 from trajstore.schema import Column, Schema
@@ -67,6 +68,8 @@ __all__ = [
     "LoaderStats",
     "CacheStats",
     "future",
+    "Mix",
+    "mix",
     "Column",
     "Schema",
     "__version__",

@@ -30,6 +30,7 @@ from trajstore.format.snapshot import StoreDocument
 from trajstore.read.access import StoreAccess
 from trajstore.read.cache import DEFAULT_CACHE_BYTES
 from trajstore.read.disk_cache import DiskCache
+from trajstore.read.live import LiveTrajectories
 from trajstore.read.table import TrajectoryTable
 from trajstore.read.usage import StoreUsage, measure_usage
 from trajstore.schema import Column, Schema
@@ -38,7 +39,7 @@ from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import Workers
 from trajstore.stored import Array
-from trajstore.view import View
+from trajstore.view import Follows, View
 from trajstore.write.batch import TrajectoryRef, WriteOptions
 from trajstore.write.episode import Episode
 from trajstore.write.writer import Writer
@@ -256,6 +257,7 @@ class Store:
         self._workers = workers
         self._access = access
         self._table: TrajectoryTable | None = None
+        self._live: LiveTrajectories | None = None
         self._closed = False
         self.uuid = store_uuid
         self._head = head
@@ -287,12 +289,31 @@ class Store:
 
     @property
     def trajectories(self) -> View:
-        """All committed trajectories of the version that this handle shows."""
+        """All trajectories of the version that this handle shows, and those that were appended through it since.
+
+        The first call on a handle that has appended commits that, and from then on ``append`` also keeps its rows in the
+        page cache until they are committed.
+        """
         self._check_open()
+        return View(self._latest_table(), self._access, follows=Follows(self._follow))
+
+    def _latest_table(self) -> TrajectoryTable:
+        if self._writer is not None:
+            if self._live is None:
+                live = LiveTrajectories(self._history, self._writer.head, self._access.cache, self._access.readers)
+                self._writer.follow(live)
+                self._live = live
+            return self._live.table()
         current = self._current()
         if self._table is None or self._table.version.number != current.number:
             self._table = TrajectoryTable(self._history, current)
-        return View(self._table, self._access)
+        return self._table
+
+    def _follow(self, refresh: bool) -> View:
+        """The view as it would be taken now, for loaders that follow."""
+        if refresh:
+            self.refresh()
+        return self.trajectories
 
     @property
     def pending(self) -> int:

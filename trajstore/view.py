@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import operator
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
@@ -33,6 +34,26 @@ _TABLE_FIELDS = frozenset(field.name for field in TABLE_FIELDS)
 _LARGE_STEP_VALUES = 16
 
 
+@dataclass(frozen=True)
+class Follows:
+    """How to take a view again.
+
+    Attributes:
+        latest: All trajectories now; with True, after looking for commits of others.
+        steps: What was chosen of them, one after the other: method of ``View`` and its arguments.
+    """
+
+    latest: Callable[[bool], View]
+    steps: tuple[tuple[str, tuple[Any, ...], Mapping[str, Any]], ...] = ()
+
+    def view(self, refresh: bool) -> View:
+        """The view as it would be taken now."""
+        view = self.latest(refresh)
+        for method, arguments, variables in self.steps:
+            view = getattr(view, method)(*arguments, **variables)
+        return view
+
+
 class View(Sequence["Trajectory"]):
     """A fixed selection of trajectories.
 
@@ -49,10 +70,18 @@ class View(Sequence["Trajectory"]):
         array([1, 2])
     """
 
-    def __init__(self, table: TrajectoryTable, access: StoreAccess, rows: Array | None = None) -> None:
+    def __init__(
+        self,
+        table: TrajectoryTable,
+        access: StoreAccess,
+        rows: Array | None = None,
+        *,
+        follows: Follows | None = None,
+    ) -> None:
         self._table = table
         self._access = access
-        self._rows = np.arange(len(table), dtype=np.int64) if rows is None else rows  # (n,) int64, rows of the table
+        self._rows = table.all_rows if rows is None else rows  # (n,) int64, rows of the table
+        self._follows = follows
         self._selection = Selection(table, self._rows)
         self._samples: dict[Any, Samples] = {}  # of sample(), by its arguments
 
@@ -78,6 +107,11 @@ class View(Sequence["Trajectory"]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the store again: only index arrays travel."""
+        if len(self._selection.committed()) < len(self):
+            raise SelectionError(
+                "a view of trajectories that are not yet committed cannot go to another process: flush() the store and take "
+                "the view again"
+            )
         return self._access.reopen, (self.version, self._rows)
 
     def __repr__(self) -> str:
@@ -91,7 +125,7 @@ class View(Sequence["Trajectory"]):
     @property
     def schema(self) -> Schema:
         """Columns and metadata fields of that version."""
-        return self._table.version.snapshot.schema
+        return self._table.schema
 
     @property
     def ids(self) -> Array:
@@ -115,11 +149,11 @@ class View(Sequence["Trajectory"]):
 
     def first(self, n: int) -> View:
         """The oldest ``n`` trajectories, or all if there are fewer."""
-        return self._selected(self._rows[: _count(n)])
+        return self._selected(self._rows[: _count(n)], self._followed("first", n))
 
     def last(self, n: int) -> View:
         """The newest ``n`` trajectories, or all if there are fewer."""
-        return self._selected(self._rows[max(len(self) - _count(n), 0) :])
+        return self._selected(self._rows[max(len(self) - _count(n), 0) :], self._followed("last", n))
 
     def take(self, positions: Sequence[int] | Array) -> View:
         """The trajectories at these positions, in this order, or those where a boolean mask is true."""
@@ -149,7 +183,8 @@ class View(Sequence["Trajectory"]):
         Raises:
             SelectionError: An unknown field, or no expression at all.
         """
-        return self._selected(self._rows[frames.query(self.to_pandas(), expression, variables)])
+        chosen = self._rows[frames.query(self.to_pandas(), expression, variables)]
+        return self._selected(chosen, self._followed("filter", expression, **variables))
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per trajectory, indexed by id: uuid, length, flags, return, time, then metadata fields."""
@@ -386,14 +421,45 @@ class View(Sequence["Trajectory"]):
 
     def supply(self, options: LoaderOptions) -> Supply:
         """What the windows of this view are gathered with; for loaders."""
-        if options.cache_bytes is None and options.cache_device is None:
-            cache = self._access.cache
-        else:
+        private = options.cache_bytes is not None or options.cache_device is not None
+        cache = self._access.cache
+        selection = self._selection
+        if private:
             cache = self._access.private_cache(options.cache_bytes, options.cache_device)
-        return Supply(self._selection, cache, self._access.readers, self._access.variable, self.read)
+            selection = selection.committed()
+            if len(selection) < len(self) and not options.follow:
+                raise SelectionError(
+                    f"{len(self) - len(selection)} of {len(self)} trajectories are not yet committed, and only the store's "
+                    "own cache has them: flush() the store and take the view again, or leave out cache_bytes= and cache_device="
+                )
+        follows = self._follows
 
-    def _selected(self, rows: Array) -> View:
-        return View(self._table, self._access, rows)
+        def latest(refresh: bool) -> Selection:
+            assert follows is not None
+            found = follows.view(refresh)._selection
+            return found.committed() if private else found
+
+        return Supply(
+            selection,
+            cache,
+            self._access.readers,
+            self._access.variable,
+            self.read,
+            latest if follows is not None else None,
+        )
+
+    def closes(self, loader: Loader) -> Loader:
+        """Have a loader closed with the store's handle; for mixes."""
+        return self._access.opened(loader)
+
+    def _selected(self, rows: Array, follows: Follows | None = None) -> View:
+        return View(self._table, self._access, rows, follows=follows)
+
+    def _followed(self, method: str, *arguments: Any, **variables: Any) -> Follows | None:
+        """How to choose the same way from a later view."""
+        if self._follows is None:
+            return None
+        return Follows(self._follows.latest, (*self._follows.steps, (method, arguments, variables)))
 
     def _columns(self, names: Sequence[str]) -> list[Column]:
         return [column for name in names for column in self.schema.select(name)]

@@ -21,12 +21,14 @@ from trajstore.read.arena import Need, PageGroup, group_name
 from trajstore.read.cache import Demand, DoesNotFitError, PageCache, Reservation
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.selection import Selection
+from trajstore.read.table import TrajectoryTable
 from trajstore.read.variable import VariablePages
 from trajstore.sample.window import Future, Output, WindowSpec
 from trajstore.schema import Column
 from trajstore.stored import Array, ragged_values, to_user
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PARALLEL_BYTES = 4 << 20
 _METADATA_DTYPES = {"bool": torch.bool, "int64": torch.int64, "float64": torch.float64, "timestamp": torch.int64}
 
 
@@ -61,7 +63,8 @@ class _Lookup:
     """Rows of one group of columns, in pages."""
 
     group: PageGroup
-    pages: Array  # (n, w) int64
+    segments: Array  # (n,) int64, the cache's numbers
+    pages: Array  # (n, w) int64, pages of the segment
     inside: Array  # (n, w) int64, row within the page
     outputs: list[Output]
 
@@ -111,10 +114,11 @@ class Gatherer:
         self._stored = [o for o in spec.outputs if isinstance(o.source, Column) and not o.source.is_variable]
         self._texts = [o for o in spec.outputs if isinstance(o.source, Column) and o.source.is_variable]
         self._fields = [o for o in spec.outputs if isinstance(o.source, str)]
-        self._per_trajectory = {o.name: self._trajectory_values(str(o.source)) for o in self._fields}
+        self._per_trajectory = {o.name: self._trajectory_values(str(o.source), selection) for o in self._fields}
         table = selection.table
-        self._segments = cache.number_segments(table.segments)  # (segments,) int64, the cache's numbers
-        self._check_table()
+        self.segments = cache.number_segments(table.segments)  # (segments,) int64, the cache's numbers
+        self._check_places(selection.rows)
+        self._numbers: Array | None = None  # of trajectories, where these are not their positions
         self._reservation = self._reserve()
         weakref.finalize(self, self._reservation.release).atexit = False  # of what nobody closed
         self._terminated = selection.terminated if spec.n_step is not None else None
@@ -166,6 +170,38 @@ class Gatherer:
                     stored.rows(output, first, first + len(windows))[mask] = 0
         return self._objects(windows, rows, table_rows)
 
+    def number_segments(self, table: TrajectoryTable) -> Array:
+        """The cache's numbers of a newer table's segments, ``(segments,)`` int64."""
+        known = len(self.segments)
+        growth = self.selection.table.growth
+        if growth is not None and table.growth is growth:
+            if len(table.segments) == known:
+                return self.segments
+            return np.concatenate([self.segments, self._cache.number_segments(table.segments[known:])])
+        return self._cache.number_segments(table.segments)
+
+    def follow(self, selection: Selection, numbers: Array | None, *, extended: bool) -> None:
+        """Gather from a newer view.
+
+        Args:
+            selection: The view.
+            numbers: What ``trajectory`` calls its trajectories; None for their positions.
+            extended: Whether it is the view before and further trajectories.
+        """
+        before = len(self.selection) if extended else 0
+        self.segments = self.number_segments(selection.table)
+        self.selection, self._numbers = selection, numbers
+        fresh = Selection(selection.table, selection.rows[before:]) if extended else selection
+        if not len(fresh):
+            return
+        self._check_places(fresh.rows)
+        for output in self._fields:
+            values = self._trajectory_values(str(output.source), fresh)
+            kept = self._per_trajectory[output.name]
+            self._per_trajectory[output.name] = np.concatenate([kept, values]) if extended else values
+        if self._terminated is not None:
+            self._terminated = np.concatenate([self._terminated, fresh.terminated]) if extended else fresh.terminated
+
     # Planning
 
     def _rows(self, windows: Windows) -> dict[Any, _Rows]:
@@ -196,7 +232,7 @@ class Gatherer:
 
     def _lookups(self, rows: Mapping[Any, _Rows], table_rows: Array) -> list[_Lookup]:
         table = self.selection.table
-        segments = self._segments[table.segment[table_rows]]
+        segments = self.segments[table.segment[table_rows]]
         starts = table.start[table_rows]
         found: dict[Any, _Lookup] = {}
         for output in self._stored:
@@ -206,27 +242,26 @@ class Gatherer:
             if key in found:
                 found[key].outputs.append(output)
                 continue
-            base = group.base[segments]
-            if base.min(initial=0) < 0:
-                self._cache.open_segments(segments[base < 0])
+            unknown = group.base[segments] < 0
+            if unknown.any():
+                self._cache.open_segments(segments[unknown])
                 group = self._cache.group(group.name)
-                base = group.base[segments]
-                if base.min(initial=0) < 0:
+                if (group.base[segments] < 0).any():
                     raise CorruptionError(
                         f"column {output.source.path!r} is missing from the page index of a segment whose manifest names it"
                     )
             first = starts + table.ordinal[table_rows] if output.extra else starts
             absolute = rows[_key(output)].relative + first[:, None]
-            pages = (absolute >> group.shift[segments][:, None]) + base[:, None]
+            pages = absolute >> group.shift[segments][:, None]
             absolute &= group.mask[segments][:, None]
-            found[key] = _Lookup(group, pages, absolute, [output])
+            found[key] = _Lookup(group, segments, pages, absolute, [output])
         return list(found.values())
 
     # Copying
 
     def _copy(self, lookups: Sequence[_Lookup], target: Target, first: int, lo: int, hi: int) -> None:
         """Copy windows ``[lo, hi)``, in halves if their pages do not fit into the cache at once."""
-        demands: list[Demand] = [(lookup.group, lookup.pages[lo:hi]) for lookup in lookups]
+        demands = [Demand(k.group, k.segments[lo:hi], k.pages[lo:hi]) for k in lookups]
         try:
             lease = self._cache.acquire(demands)
         except DoesNotFitError:
@@ -320,9 +355,9 @@ class Gatherer:
             return values
         if name == "source":
             return np.full(steps.shape, self._source)
-        of_window = windows.trajectories
+        of_window = windows.trajectories if self._numbers is None else self._numbers[windows.trajectories]
         if name != "trajectory":
-            of_window = self._per_trajectory[output.name][of_window]
+            of_window = self._per_trajectory[output.name][windows.trajectories]
         return np.broadcast_to(of_window[:, None], steps.shape)
 
     def _virtual_dtype(self, name: str) -> torch.dtype:
@@ -332,26 +367,26 @@ class Gatherer:
             return torch.int64
         return _METADATA_DTYPES[self.selection.schema.metadata[name]]
 
-    def _trajectory_values(self, name: str) -> Array:
+    def _trajectory_values(self, name: str, selection: Selection) -> Array:
         """``(n,)`` one value for each trajectory; empty for columns that need none."""
         if name in ("terminated", "truncated"):
-            return self.selection.terminated if name == "terminated" else self.selection.truncated
-        kind = self.selection.schema.metadata.get(name)
+            return selection.terminated if name == "terminated" else selection.truncated
+        kind = selection.schema.metadata.get(name)
         if kind is None:
             return np.empty(0, np.int64)
-        column = self.selection.table.full[name].take(self.selection.rows)
+        column = selection.table.values(name, selection.rows)
         if kind in ("string", "bytes"):
             values = np.empty(len(column), object)
             values[:] = column.to_pylist()
             return values
         if kind == "float64":
-            return column.to_numpy()  # type: ignore[no-any-return]
+            return column.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
         if column.null_count:
             raise SelectionError(
                 f"metadata field {name!r} is not set for {column.null_count} of {len(column)} trajectories, and {kind} has "
                 f'no value for that; select those that have it: view.filter("{name} == {name}")'
             )
-        array: Array = column.to_numpy()
+        array: Array = column.to_numpy(zero_copy_only=False)
         return array.astype("datetime64[ns]").view(np.int64) if kind == "timestamp" else array
 
     # Texts and ragged lists
@@ -396,13 +431,17 @@ class Gatherer:
 
     # Set-up
 
-    def _check_table(self) -> None:
+    def _check_places(self, rows: Array) -> None:
         """A manifest must not send anybody beyond the end of a segment."""
         table = self.selection.table
-        if not len(table):
-            return
-        steps = np.fromiter((s.steps for s in table.segments), np.int64, len(table.segments))
-        if (table.start + table.length > steps[table.segment]).any() or (table.start < 0).any():
+        numbers = table.segment[rows]
+        if len(rows) < len(table.segments):
+            chosen, numbers = np.unique(numbers, return_inverse=True)
+        else:
+            chosen = np.arange(len(table.segments))
+        steps = np.fromiter((table.segments[n].steps for n in chosen.tolist()), np.int64, len(chosen))
+        starts = table.start[rows]
+        if (starts < 0).any() or (starts + table.length[rows] > steps[numbers]).any():
             raise CorruptionError("a manifest places trajectories outside their segment; restore it from a copy")
 
     def _reserve(self) -> Reservation:
@@ -416,15 +455,14 @@ class Gatherer:
         for name, count in pages.items():
             columns = tuple(c for c in schema if not c.is_variable and group_name(c) == name)
             needs[name] = Need(columns, count)
-        segments = self._segments[self.selection.segments]
+        segments = self.segments[self.selection.segments]
         return self._cache.reserve(needs, segments, schema)
 
     def _page_rows(self, name: str) -> int:
-        """Rows of a group's smallest page in the longest segment."""
+        """Rows of a group's pages in the longest segment."""
         table = self.selection.table
         longest = max(self.selection.segments.tolist(), key=lambda n: table.segments[n].steps)
-        source = self._readers.open(table.segments[longest], self.selection.schema).by_group.get(name)
-        return 1 if source is None else source.page_rows
+        return self._readers.open(table.segments[longest], self.selection.schema).page_rows_of(name)
 
 
 # Not for users: how many rewards each return has; the return is computed from it on the device.
@@ -453,4 +491,8 @@ def _select(arena: torch.Tensor, index: torch.Tensor, target: torch.Tensor) -> N
     integer = _INTEGERS.get(width)
     if integer is not None:  # one number per row: no copy of slices
         arena, target = arena.view(integer).view(-1), target.view(integer).view(-1)
-    torch.index_select(arena, 0, index, out=target)
+    if arena.device.type == "cpu" and len(index) * width < _PARALLEL_BYTES:
+        # One thread: where processors are shared, threads that wait for each other make a small copy twenty times slower.
+        np.take(arena.numpy(), index.numpy(), axis=0, out=target.numpy(), mode="clip")
+    else:
+        torch.index_select(arena, 0, index, out=target)

@@ -10,7 +10,7 @@ import collections
 import operator
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,16 +18,17 @@ import numpy as np
 import torch
 
 from trajstore.errors import SelectionError
+from trajstore.feed.agreement import agreed_windows
 from trajstore.feed.assemble import Assembler, Batch, Lot
+from trajstore.feed.follow import Following
 from trajstore.feed.gather import Gatherer
 from trajstore.feed.layout import Value
 from trajstore.feed.options import LoaderOptions
-from trajstore.feed.plan import Drawn, OrderPlanner, Planner, PriorityPlanner, Share
+from trajstore.feed.plan import Drawn, FollowPlanner, OrderPlanner, Planner, PriorityPlanner, Share
 from trajstore.read.cache import PageCache
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.selection import Selection
 from trajstore.read.variable import VariablePages
-from trajstore.sample.columns import resolve_window
 from trajstore.sample.order import Order, RandomOrder, SequentialOrder, ShuffleOrder, WeightedOrder
 from trajstore.sample.priority import PrioritySampler
 from trajstore.sample.window import AnchorIndex, WindowSpec
@@ -49,6 +50,8 @@ class Supply:
         readers: Page indexes.
         variable: Pages of strings and lists.
         read: Reads a whole column of the view, ``(steps,)``.
+        latest: The trajectories as they are now; with True, after looking for commits of others. None if the view is not
+            one that can be followed.
     """
 
     selection: Selection
@@ -56,6 +59,7 @@ class Supply:
     readers: SegmentReaders
     variable: VariablePages
     read: Callable[[str], Any]
+    latest: Callable[[bool], Selection] | None = None
 
 
 class Pipeline:
@@ -70,17 +74,26 @@ class Pipeline:
     def __init__(self, supplies: Sequence[Supply], options: LoaderOptions, sizes: Sequence[int]) -> None:
         self.options = options
         self.supplies = list(supplies)
-        self.spec = _common_spec(supplies, options)
+        specs = agreed_windows([supply.selection for supply in supplies], options)
+        self.spec = specs[0]
+        self._sizes = list(sizes)
         mixed = len(supplies) > 1
         self._gatherers: list[Gatherer] = []
         try:
-            for number, supply in enumerate(supplies):
+            for number, (supply, spec) in enumerate(zip(supplies, specs, strict=True)):
                 self._gatherers.append(
-                    Gatherer(supply.selection, self.spec, supply.cache, supply.readers, supply.variable, source=number)
+                    Gatherer(supply.selection, spec, supply.cache, supply.readers, supply.variable, source=number)
                 )
             self._planners = [
-                _planner(supply, self.spec, options, gatherer, size, stream=number)
-                for number, (supply, gatherer, size) in enumerate(zip(supplies, self._gatherers, sizes, strict=True))
+                _planner(supply, spec, options, gatherer, size, stream=number)
+                for number, (supply, spec, gatherer, size) in enumerate(
+                    zip(supplies, specs, self._gatherers, sizes, strict=True)
+                )
+            ]
+            self._following = [
+                Following(_latest(supply), options.refresh_s, gatherer, planner)
+                for supply, gatherer, planner in zip(supplies, self._gatherers, self._planners, strict=True)
+                if isinstance(planner, FollowPlanner) or (options.follow and isinstance(planner, PriorityPlanner))
             ]
             extra = [Value("index", torch.int64, ()), Value("weight", torch.float32, ())]
             self._assembler = Assembler(
@@ -118,6 +131,8 @@ class Pipeline:
 
     def make(self, first: int, count: int) -> Lot:
         """Batches ``first`` to ``first + count - 1``."""
+        for following in self._following:
+            following.refresh()
         drawn = [planner.plan(first, count) for planner in self._planners]
         if len(drawn) == 1:
             return self._assembler.assemble([drawn[0].windows], drawn[0].sizes, drawn[0].extra)
@@ -126,7 +141,7 @@ class Pipeline:
     def fingerprint(self) -> list[Any]:
         """What a state must agree with to be resumed."""
         views = [_fingerprint(supply.selection) for supply in self.supplies]
-        return [views, self.spec.fingerprint(), self.options.order_fingerprint()]
+        return [views, self.spec.fingerprint(), [*self.options.order_fingerprint(), self._sizes]]
 
     def close(self) -> None:
         """Let go of the caches' arenas. May be called twice."""
@@ -187,58 +202,6 @@ def _size_of(drawn: Sequence[Drawn]) -> int:
     return sum(d.sizes[0] for d in drawn)
 
 
-def _common_spec(supplies: Sequence[Supply], options: LoaderOptions) -> WindowSpec:
-    """The outputs of a batch; those of a mix must agree in all views."""
-    specs = [
-        resolve_window(
-            supply.selection,
-            window=options.window,
-            dilation=options.dilation,
-            pad=options.pad,
-            columns=_shared_columns(supplies, options),
-            n_step=options.n_step,
-            gamma=options.gamma,
-            mixed=len(supplies) > 1,
-        )
-        for supply in supplies
-    ]
-    for other in specs[1:]:
-        for ours, theirs in zip(specs[0].outputs, other.outputs, strict=True):
-            if ours.source != theirs.source and not _same_values(ours.source, theirs.source):
-                raise SelectionError(
-                    f"column {ours.name!r} is {_described(ours.source)} in the first view of the mix and "
-                    f"{_described(theirs.source)} in another; leave it out, or mix views whose columns agree"
-                )
-    return specs[0]
-
-
-def _shared_columns(supplies: Sequence[Supply], options: LoaderOptions) -> Sequence[str] | None:
-    if options.columns is not None or isinstance(options.window, Mapping):
-        return options.columns
-    if len(supplies) == 1:
-        return None
-    names = [c.path for c in supplies[0].selection.common_columns if not c.is_variable]
-    for supply in supplies[1:]:
-        theirs = {c.path for c in supply.selection.common_columns}
-        names = [name for name in names if name in theirs]
-    return names
-
-
-def _same_values(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, str) or isinstance(theirs, str):
-        return False
-    return (ours.dtype, ours.shape, ours.extra, ours.ragged) == (
-        theirs.dtype,
-        theirs.shape,
-        theirs.extra,
-        theirs.ragged,
-    )
-
-
-def _described(source: Any) -> str:
-    return "virtual" if isinstance(source, str) else source.describe()
-
-
 def _planner(
     supply: Supply, spec: WindowSpec, options: LoaderOptions, gatherer: Gatherer, size: int, *, stream: int
 ) -> Planner:
@@ -256,7 +219,9 @@ def _planner(
             rank=options.rank,
             world_size=options.world_size,
         )
-        return PriorityPlanner(spec, anchors, sampler, batch_size=size, seed=options.seed)
+        return PriorityPlanner(spec, anchors, sampler, batch_size=size // options.world_size, seed=options.seed)
+    if options.follow:
+        return FollowPlanner(spec, anchors, batch_size=size, seed=options.seed, share=share, stream=stream)
     order = _order(supply, anchors, options, gatherer, size, options.seed + (stream << 32))
     return OrderPlanner(spec, anchors, order, seed=options.seed, share=share, stream=stream)
 
@@ -291,6 +256,15 @@ def _blocks(supply: Supply, options: LoaderOptions, gatherer: Gatherer) -> tuple
         return None, 1
     block_bytes = options.block_bytes or max(supply.cache.nbytes // _BLOCKS_IN_CACHE, row_bytes)
     return max(1, block_bytes // row_bytes), max(1, supply.cache.nbytes // (2 * block_bytes))
+
+
+def _latest(supply: Supply) -> Callable[[bool], Selection]:
+    if supply.latest is None:
+        raise SelectionError(
+            "follow=True needs a view that says what comes next: store.trajectories, with filter(), first() and last(); "
+            "this one was chosen by position, or in another process"
+        )
+    return supply.latest
 
 
 def _allowed(supply: Supply, anchors: Any) -> Array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trajstore.feed.gather import Windows
-from trajstore.sample.order import Order
+from trajstore.sample.order import GrowingOrder, Order
 from trajstore.sample.priority import PrioritySampler
 from trajstore.sample.window import AnchorIndex, WindowSpec
 from trajstore.stored import Array
@@ -116,6 +116,45 @@ class OrderPlanner(Planner):
         return self._windows(first, self._order.draw_block(first, count))
 
 
+class FollowPlanner(Planner):
+    """Uniform batches of a view that changes.
+
+    Args:
+        spec: What a window holds.
+        anchors: Of the view at first.
+        batch_size: Global.
+        seed: Of the order and of drawn rows.
+        share: Which rows are planned.
+        stream: Tells the views of a mix apart.
+    """
+
+    def __init__(
+        self, spec: WindowSpec, anchors: AnchorIndex, *, batch_size: int, seed: int, share: Share, stream: int = 0
+    ) -> None:
+        super().__init__(spec, anchors, seed=seed, share=share, stream=stream)
+        self._order = GrowingOrder(len(anchors), batch_size=batch_size, seed=seed + (stream << 32))
+        self.numbers: Array | None = None  # of the trajectories that are there, if some are gone
+
+    @property
+    def batches_per_pass(self) -> None:
+        """None: there is no end."""
+        return None
+
+    def plan(self, first: int, count: int) -> Drawn:
+        """Of the view as it is now."""
+        return self._windows(first, self._order.draw_block(first, count))
+
+    def grow(self, counts: Array) -> None:
+        """Trajectories with these numbers of anchors have come."""
+        self.anchors = self.anchors.extended(counts)
+        self._order.count = len(self.anchors)
+
+    def replace(self, anchors: AnchorIndex, numbers: Array) -> None:
+        """Another view."""
+        self.anchors, self.numbers = anchors, numbers
+        self._order.count = len(anchors)
+
+
 class PriorityPlanner(Planner):
     """Batches drawn by priority, one at a time: what the consumer has updated counts at once."""
 
@@ -124,12 +163,20 @@ class PriorityPlanner(Planner):
     ) -> None:
         super().__init__(spec, anchors, seed=seed, share=Share())
         self.sampler = sampler
-        self._batch_size = batch_size  # global: the sampler knows its rank
+        self._batch_size = batch_size  # of this rank, whose anchors the sampler holds
 
     @property
     def batches_per_pass(self) -> None:
         """None: there is no end."""
         return None
+
+    def grow(self, counts: Array, gone: Array) -> None:
+        """Trajectories have come, with these numbers of anchors, and others are gone."""
+        self.anchors = self.anchors.extended(counts)
+        if len(counts):
+            self.sampler.extend(counts)
+        if len(gone):
+            self.sampler.retire(gone)
 
     def plan(self, first: int, count: int) -> Drawn:  # noqa: ARG002 - the rest comes later
         """One batch."""

@@ -57,7 +57,6 @@ class PageGroup:
     def __init__(self, name: str, columns: Sequence[Column], device: torch.device) -> None:
         self.name = name
         self.columns = tuple(columns)
-        self.row_bytes = sum(c.row_bytes for c in self.columns)
         self.device = device
         self.extents = Extents(1, largest=1)
         self.arenas: dict[str, torch.Tensor] = {}  # (capacity, row_bytes) uint8 by column
@@ -67,12 +66,18 @@ class PageGroup:
         self.last_use = np.empty(0, np.int64)  # tick
         self.extent_of_page = np.empty(0, np.int32)  # rows that it takes, resident or not
         self.segment_of_page = np.empty(0, np.int32)
+        self.pinned: set[int] = set()  # segments whose pages must stay
         self.loading: dict[int, int] = {}  # where pages that are being loaded will be
         self.pages = 0
         # By number of the segment in the cache.
         self.base = np.empty(0, np.int64)  # its first page; -1 while its page index has not been read
         self.shift = np.empty(0, np.int64)
         self.mask = np.empty(0, np.int64)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of all columns."""
+        return sum(c.row_bytes for c in self.columns)
 
     @property
     def used_bytes(self) -> int:
@@ -114,6 +119,37 @@ class PageGroup:
         self.mask[number] = (1 << geometry.shift) - 1
         self.base[number] = first
 
+    def pages_of(self, number: int) -> Array:
+        """The group's numbers of a segment's pages, ``(n,)`` int64."""
+        base = int(self.base[number])
+        if base < 0:
+            return np.empty(0, np.int64)
+        mine = self.segment_of_page[base : self.pages] == number
+        return np.arange(base, base + (len(mine) if mine.all() else int(np.argmin(mine))))
+
+    def pinned_rows(self) -> int:
+        """Rows of the arenas that nobody may evict."""
+        pages = [self.pages_of(number) for number in self.pinned]
+        return sum(int(self.extent_of_page[p[self.row_of_page[p] >= 0]].sum()) for p in pages)
+
+    def move_segment(self, number: int, pages: int) -> None:
+        """Give a growing segment numbers for more pages; those that it has keep their places."""
+        before = self.pages_of(number)
+        rows, use, extent = self.row_of_page[before], self.last_use[before], self.extent_of_page[before]
+        self.row_of_page[before] = ABSENT
+        self.segment_of_page[before] = -1
+        self.add_segment(number, Geometry(pages, 1 << int(self.shift[number]), 1 << int(self.shift[number])))
+        after = slice(int(self.base[number]), int(self.base[number]) + len(before))
+        self.row_of_page[after], self.last_use[after], self.extent_of_page[after] = rows, use, extent
+
+    def trim(self, page: int, size: int) -> None:
+        """Give back what a resident page does not need of its extent."""
+        start, extent = int(self.row_of_page[page]), int(self.extent_of_page[page])
+        while extent > size:
+            extent //= 2
+            self.extents.give(start + extent, extent)
+        self.extent_of_page[page] = extent
+
     def rows_at(self, start: int, rows: int) -> dict[str, Array]:
         """Rows of the arenas, ``(rows, row_bytes)`` uint8 by column; arenas in main memory only."""
         return {path: arena[start : start + rows].numpy() for path, arena in self.arenas.items()}
@@ -149,6 +185,8 @@ class PageGroup:
     def evictable(self, before: int) -> Array:
         """Resident pages last used before a tick, the least recently used first: ``(n,)`` int64."""
         pages = np.flatnonzero((self.row_of_page[: self.pages] >= 0) & (self.last_use[: self.pages] < before))
+        if self.pinned:
+            pages = pages[~np.isin(self.segment_of_page[pages], list(self.pinned))]
         return pages[np.argsort(self.last_use[pages], kind="stable")]
 
 

@@ -32,7 +32,27 @@ DEFAULT_CACHE_BYTES = 1 << 30
 _SEGMENTS_PROBED = 8
 _WAIT_S = 600.0
 
-Demand: TypeAlias = tuple[PageGroup, Array]  # page numbers of any shape; repeated as they come
+_Pages: TypeAlias = tuple[PageGroup, Array]  # page numbers of any shape
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """Pages that are wanted, repeated as they come.
+
+    Attributes:
+        group: Of columns.
+        segments: ``(n,)`` int64, the cache's numbers.
+        pages: ``(n, w)`` int64, pages of that segment.
+    """
+
+    group: PageGroup
+    segments: Array
+    pages: Array
+
+    def numbers(self) -> Array:
+        """``(n, w)``: the group's numbers of the pages, which may change while the lock is not held."""
+        numbers: Array = self.pages + self.group.base[self.segments][:, None]
+        return numbers
 
 
 class DoesNotFitError(Exception):
@@ -147,13 +167,21 @@ class PageCache:
                 group.know_segments(len(self._entries))
             return np.fromiter((self._numbers[entry.uuid] for entry in entries), np.int64, len(entries))
 
-    def reserve(self, needs: Mapping[str, Need], segments: Array, schema: Schema) -> Reservation:
+    def reserve(
+        self,
+        needs: Mapping[str, Need],
+        segments: Array,
+        schema: Schema,
+        *,
+        page_rows: Mapping[str, int] | None = None,
+    ) -> Reservation:
         """Keep arenas for some groups of columns.
 
         Args:
             needs: Group name -> what one window needs of it.
             segments: Numbers of the segments that will be read.
             schema: Of the store.
+            page_rows: Rows of pages that no page index tells of yet.
 
         Raises:
             CacheTooSmallError: One window needs more than the cache has; says how much.
@@ -164,6 +192,8 @@ class PageCache:
             self._schema = schema
             merged = {name: need.joined(self._needs.get(name)) for name, need in needs.items()}
             largest = _largest_extents(merged, readers)
+            for name, rows in (page_rows or {}).items():
+                largest[name] = max(largest.get(name, 1), extent_rows(rows))
             if not all(self._serves(name, need, largest[name]) for name, need in merged.items()):
                 kept = {name: need for name, need in self._needs.items() if self._users.get(name)}
                 self._rebuild({**kept, **merged}, largest)
@@ -207,9 +237,10 @@ class PageCache:
             with self._condition:
                 self._tick += 1
                 tick = self._tick
-                starts = [group.row_of_page[pages] for group, pages in demands]
+                wanted = [(demand.group, demand.numbers()) for demand in demands]
+                starts = [group.row_of_page[pages] for group, pages in wanted]
                 complete = all(int(found.min()) >= 0 for found in starts)
-                for group, pages in demands:
+                for group, pages in wanted:
                     group.last_use[pages] = tick
                 if first:
                     self._count(starts, complete)
@@ -218,10 +249,15 @@ class PageCache:
                     self._leases.add(tick)
                     return Lease(self, tick, starts)
                 if alone and not self._leases:
-                    for group, _ in demands:
+                    for group, _ in wanted:
                         collections.deque(self._evicting(group, tick + 1), maxlen=0)
-                mine, theirs = _missing(demands)
+                mine, theirs = _missing(wanted)
                 if not self._make_room(mine, tick):
+                    if not self._leases and alone:
+                        raise CacheTooSmallError(
+                            f"cache_bytes={self.nbytes} cannot hold one window beside what was appended and is not yet "
+                            "committed; flush() the store, or pass more cache_bytes"
+                        )
                     if not self._leases:
                         raise DoesNotFitError
                     self._wait("room in the page cache")  # whoever holds pages is only copying from them
@@ -232,13 +268,116 @@ class PageCache:
                 with self._condition:
                     while any((group.row_of_page[pages] == LOADING).any() for group, pages in theirs):
                         self._wait("a page that another thread reads")
-                    starts = [group.row_of_page[pages] for group, pages in demands]
+                    starts = [demand.group.row_of_page[demand.numbers()] for demand in demands]
                     if all(int(found.min()) >= 0 for found in starts):
                         return Lease(self, tick, starts)
             except BaseException:
                 self._release(tick)
                 raise
             self._release(tick)  # the other thread failed: try it here
+
+    def pin_rows(self, number: int, name: str, first: int, rows: Mapping[str, Array], *, page_rows: int) -> bool:
+        """Put rows of a segment that is still being written into pages that stay until ``unpin``.
+
+        Args:
+            number: Of the segment.
+            name: Of the group.
+            first: How many rows the segment has already.
+            rows: ``(n, row_bytes)`` uint8 by column.
+            page_rows: Rows per page, a power of two.
+
+        Returns:
+            Whether there was room for them.
+        """
+        count = len(next(iter(rows.values())))
+        with self._condition:
+            group = self._groups[name]
+            group.know_segments(len(self._entries))
+            last = (first + count - 1) // page_rows
+            if group.base[number] < 0:
+                group.add_segment(number, Geometry(max(8, last + 1), page_rows, page_rows))
+                group.pinned.add(number)
+            elif last >= len(group.pages_of(number)):
+                group.move_segment(number, 2 * (last + 1))
+            base = int(group.base[number])
+            window = self._needs[name].pages * group.largest
+            if group.pinned_rows() + (2 + count // page_rows) * page_rows > group.extents.capacity - max(
+                window, group.extents.capacity // 2
+            ):
+                return False
+            evicting = self._evicting(group, min(self._leases, default=self._tick + 1))
+            for page in range(base + first // page_rows, base + last + 1):
+                if group.row_of_page[page] < 0:
+                    start = group.extents.take(page_rows)
+                    while start is None and next(evicting, False):
+                        start = group.extents.take(page_rows)
+                    if start is None:
+                        return False
+                    group.row_of_page[page] = start
+                    group.extent_of_page[page] = page_rows
+            for path, data in rows.items():
+                arena = group.arenas[path].numpy()
+                done = 0
+                while done < count:
+                    page, inside = divmod(first + done, page_rows)
+                    n = min(count - done, page_rows - inside)
+                    start = int(group.row_of_page[base + page]) + inside
+                    arena[start : start + n] = data[done : done + n]
+                    done += n
+            return True
+
+    def unpin(self, number: int, entry: SegmentEntry, rows: Mapping[str, int] | None) -> None:
+        """A segment is no longer being written.
+
+        Args:
+            number: Of the segment.
+            entry: How its manifest names it.
+            rows: Rows of each group, if all of them are here: they stay like any page that was read. None: they go.
+        """
+        with self._condition:
+            self._entries[number] = entry
+            while rows is None and self._leases:
+                self._wait("batches that are being copied")
+            for name, group in self._groups.items():
+                if number not in group.pinned:
+                    continue
+                group.pinned.discard(number)
+                pages = group.pages_of(number)
+                if rows is None or name not in rows:
+                    for page in pages.tolist():
+                        if group.row_of_page[page] >= 0:
+                            group.evict(page)
+                        group.segment_of_page[page] = -1
+                    group.base[number] = -1
+                    continue
+                group.last_use[pages] = self._tick
+                page_rows = int(group.mask[number]) + 1
+                last = (rows[name] - 1) // page_rows
+                if last == 0 or name.endswith(".arrow"):
+                    group.trim(int(pages[last]), extent_rows(rows[name] - last * page_rows))
+            self._condition.notify_all()
+
+    def copy_rows(self, number: int, name: str, path: str, first: int, out: Array) -> bool:
+        """Copy resident rows of a segment; False if some are not resident.
+
+        Args:
+            number: Of the segment.
+            name: Of the group.
+            path: The column.
+            first: Row of the segment.
+            out: ``(n, row_bytes)`` uint8.
+        """
+        with self._condition:
+            group = self._groups.get(name)
+            if group is None or group.base[number] < 0:
+                return False
+            wanted = np.arange(first, first + len(out))
+            starts = group.row_of_page[(wanted >> group.shift[number]) + group.base[number]]
+            if starts.min() < 0:
+                return False
+            index = torch.from_numpy(starts + (wanted & group.mask[number])).to(self.device)
+            out[...] = group.arenas[path].index_select(0, index).cpu().numpy()
+            return True
 
     def clear(self) -> None:
         """Give all pages and their memory up."""
@@ -258,7 +397,7 @@ class PageCache:
                 if name in self._users:
                     self._users[name] -= 1
 
-    def _load(self, missing: Sequence[Demand]) -> None:
+    def _load(self, missing: Sequence[_Pages]) -> None:
         """Read pages into the extents that were taken for them; publish them, or give the extents back."""
         loaded = False
         nbytes = 0
@@ -320,15 +459,27 @@ class PageCache:
         while self._leases:
             self._wait("batches that are being copied")
         self._needs = dict(needs)
+        kept = {name: _pinned_pages(group) for name, group in self._groups.items()}
         before, self._groups = self._groups, {}
         for name, capacity in zip(names, capacities, strict=True):
             group = before.pop(name, None)
-            if group is None or not set(needs[name].columns) <= set(group.columns):
+            if group is None:
                 group = PageGroup(name, needs[name].columns, self.device)
+            group.columns = needs[name].columns
             group.largest = rows[name]
             group.know_segments(len(self._entries))
             group.arenas = {}  # let go of the memory before more is asked for
             group.allocate(capacity)
+            for page, data in kept.get(name, {}).items():
+                start = group.extents.take(int(group.extent_of_page[page]))
+                if start is None:
+                    raise CacheTooSmallError(
+                        f"cache_bytes={self.nbytes} cannot hold what was appended and is not yet committed beside what one "
+                        "window needs; flush() the store before, or pass more cache_bytes"
+                    )
+                group.row_of_page[page] = start
+                for path, rows_of_page in data.items():
+                    group.arenas[path][start : start + len(rows_of_page)].copy_(rows_of_page)
             self._groups[name] = group
 
     def _count(self, starts: Sequence[Array], complete: bool) -> None:
@@ -337,7 +488,7 @@ class PageCache:
         self._stats.hits += asked - missed
         self._stats.misses += missed
 
-    def _make_room(self, missing: Sequence[Demand], tick: int) -> bool:
+    def _make_room(self, missing: Sequence[_Pages], tick: int) -> bool:
         """Take an extent for every page, evicting others; all or none."""
         floor = min(self._leases, default=tick)
         taken: list[tuple[PageGroup, int, int]] = []
@@ -366,7 +517,20 @@ class PageCache:
             yield True
 
 
-def _missing(demands: Sequence[Demand]) -> tuple[list[Demand], list[Demand]]:
+def _pinned_pages(group: PageGroup) -> dict[int, dict[str, torch.Tensor]]:
+    """Copies of the pages that must survive a new division, by page and column."""
+    pages = [
+        page for number in group.pinned for page in group.pages_of(number).tolist() if group.row_of_page[page] >= 0
+    ]
+    found = {}
+    for page in pages:
+        start = int(group.row_of_page[page])
+        stop = start + int(group.extent_of_page[page])
+        found[page] = {path: arena[start:stop].clone() for path, arena in group.arenas.items()}
+    return found
+
+
+def _missing(demands: Sequence[_Pages]) -> tuple[list[_Pages], list[_Pages]]:
     """Pages that nobody has, and pages that other threads are loading."""
     wanted: dict[str, tuple[PageGroup, list[Array]]] = {}
     for group, pages in demands:
@@ -382,10 +546,7 @@ def _missing(demands: Sequence[Demand]) -> tuple[list[Demand], list[Demand]]:
 
 def _largest_extents(needs: Mapping[str, Need], readers: Sequence[SegmentReader]) -> dict[str, int]:
     """Rows of the largest extent that pages of these segments need, by group."""
-    return {
-        name: max((extent_rows(_geometry(r, name).page_rows) for r in readers if name in r.by_group), default=1)
-        for name in needs
-    }
+    return {name: max((extent_rows(r.page_rows_of(name)) for r in readers), default=1) for name in needs}
 
 
 def _geometry(reader: SegmentReader, name: str) -> Geometry:

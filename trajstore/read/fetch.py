@@ -84,7 +84,7 @@ class PageFetcher:
         cache = self.disk_cache
         if cache is None:
             return self._filesystem.read_ranges([_range(r) for r in requests])
-        names = [_name(r) for r in requests]
+        names = [_name(self._filesystem.url, r) for r in requests]
         stored: list[Buffer | None] = list(cache.get_many(names))
         absent = []
         for i, (request, data) in enumerate(zip(requests, stored, strict=True)):
@@ -130,9 +130,9 @@ def _range(request: PageRequest) -> ByteRange:
     )
 
 
-def _name(request: PageRequest) -> PageName:
+def _name(url: str, request: PageRequest) -> PageName:
     source, page = request.source, request.page
-    return PageName(request.segment.entry.uuid, source.object, page, int(source.nbytes[page]))
+    return PageName(f"{url} {request.segment.entry.uuid}", source.object, page, int(source.nbytes[page]))
 
 
 def _lots(requests: Sequence[PageRequest], max_bytes: int = _LOT_BYTES) -> list[Sequence[PageRequest]]:

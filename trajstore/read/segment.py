@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -118,6 +119,15 @@ class SegmentReader:
                 self._runs(source, column, pages),
             )
         return out
+
+    def variable_page(self, path: str) -> pa.Array | None:  # noqa: ARG002 - a segment that is being written has it
+        """All rows of a column of strings or lists, if they are in memory: never here."""
+        return None
+
+    def page_rows_of(self, name: str) -> int:
+        """Rows per page of a group of columns; 1 if the segment lacks it."""
+        source = self.by_group.get(name)
+        return 1 if source is None else source.page_rows
 
     def decoded_rows(self, source: PageSource, page: int) -> int:
         """Rows that a page decodes to: the last page of a tensor is filled up, because a Zarr chunk has its full shape."""
@@ -297,14 +307,24 @@ class SegmentReaders:
         self._keep = keep
         self._lock = threading.Lock()
         self._readers: dict[str, SegmentReader] = {}
+        self._live: dict[str, Any] = {}
 
     def open(self, entry: SegmentEntry, schema: Schema) -> SegmentReader:
         """The reader of a segment; its page index is read once."""
-        return self._readers.get(entry.uuid) or self.open_many([entry], schema)[0]
+        live = self._live.get(entry.uuid)
+        return live or self._readers.get(entry.uuid) or self.open_many([entry], schema)[0]
+
+    def add_live(self, segment: Any) -> None:
+        """A segment that is still being written: it has the face of a reader."""
+        self._live[segment.entry.uuid] = segment
+
+    def remove_live(self, uuid: str) -> None:
+        """It is no longer written."""
+        self._live.pop(uuid, None)
 
     def open_many(self, entries: Sequence[SegmentEntry], schema: Schema) -> list[SegmentReader]:
         """The readers of several segments; page indexes not yet known are read concurrently."""
-        found = {entry.uuid: self._readers.get(entry.uuid) for entry in entries}
+        found = {e.uuid: self._live.get(e.uuid) or self._readers.get(e.uuid) for e in entries}
         unknown = [entry for entry in entries if found[entry.uuid] is None]
         for lot in (unknown[i : i + _OPENED_TOGETHER] for i in range(0, len(unknown), _OPENED_TOGETHER)):
             indexes = self._filesystem.read_many([layout.segment_key(e.uuid, layout.PAGES_FILE) for e in lot])

@@ -53,12 +53,27 @@ class Selection:
     @cached_property
     def terminated(self) -> Array:
         """``(n,)`` bool: those that ended in a terminal state."""
-        return self.table.flags("terminated")[self.rows]
+        return self.table.flags("terminated", self.rows)
 
     @cached_property
     def truncated(self) -> Array:
         """``(n,)`` bool: those that were cut off."""
-        return self.table.flags("truncated")[self.rows]
+        return self.table.flags("truncated", self.rows)
+
+    def committed(self) -> Selection:
+        """Only what is committed."""
+        return Selection(self.table, self.rows[self.table.id[self.rows] >= 0])
+
+    def extends(self, other: Selection) -> bool:
+        """Whether it is all of a growing table, and ``other`` was all of it before."""
+        growth = self.table.growth
+        if growth is None or other.table.growth is not growth or len(self) < len(other):
+            return False
+        return len(self) == len(self.table) and len(other) == len(other.table) and self._in_order and other._in_order
+
+    @property
+    def _in_order(self) -> bool:
+        return self.rows.base is not None and self.rows.base is self.table.all_rows.base
 
     def lacking(self, column: Column) -> int:
         """How many trajectories lack a column."""

@@ -48,10 +48,16 @@ class VariablePages:
         positions: list[Array] = []
         before = 0
         for segment, wanted in rows.items():
+            begins: dict[int, int] = {}
+            whole = segment.variable_page(column.path)
+            if whole is not None:
+                pages.append(whole)
+                positions.append(wanted + before)
+                before += len(whole)
+                continue
             source = segment.sources[column.path]
             numbers = sorted(set((wanted // source.page_rows).tolist()))
             found = self._pages_of(segment, column, numbers)
-            begins = {}
             for number in numbers:
                 begins[number] = before - number * source.page_rows
                 pages.append(found[number])
@@ -60,10 +66,12 @@ class VariablePages:
             positions.append(wanted + shift)
         kind = arrow_type(column)
         empty: list[object] = [] if column.ragged else "" if column.dtype == "string" else b""  # type: ignore[assignment]
-        whole = pa.concat_arrays([*pages, pa.array([empty], kind)])
+        rows_of_all = pa.concat_arrays([*pages, pa.array([empty], kind)])
         places = [int(p) for part in positions for p in part]
-        taken = [len(whole) - 1 if gone else places[i] for i, gone in zip(order.tolist(), absent.tolist(), strict=True)]
-        return whole.take(pa.array(taken, pa.int64()))
+        taken = [
+            len(rows_of_all) - 1 if gone else places[i] for i, gone in zip(order.tolist(), absent.tolist(), strict=True)
+        ]
+        return rows_of_all.take(pa.array(taken, pa.int64()))
 
     def _pages_of(self, segment: SegmentReader, column: Column, numbers: Sequence[int]) -> dict[int, pa.Array]:
         found: dict[int, pa.Array] = {}

@@ -133,6 +133,27 @@ class RandomOrder(_StreamOrder):
         return _scaled(uniforms[0], self.count)
 
 
+class GrowingOrder(_StreamOrder):
+    """Like ``RandomOrder``, over a number of anchors that may change from batch to batch: ``order.count``.
+
+    Args:
+        count: Number of anchors at first.
+        batch_size: Anchors per batch.
+        seed: Any integer.
+
+    >>> order = GrowingOrder(10, batch_size=256, seed=0)
+    >>> order.count = 1000
+    >>> int(order.draw(0).max()) > 10
+    True
+    """
+
+    def _anchors(self, uniforms: Array) -> Array:
+        return np.asarray(uniforms[0])
+
+    def _draw_block(self, first: int, count: int) -> list[Array]:
+        return [_scaled(uniforms, self.count) for uniforms in super()._draw_block(first, count)]
+
+
 class WeightedOrder(_StreamOrder):
     """A trajectory with probability proportional to its weight, then one of its anchors uniformly; endless.
 

@@ -27,9 +27,7 @@ from trajstore.stored import Array
 MAX_COUNT = 2**62  # halves then have about 31 bits, and every product below fits into 64
 
 _SORTED_BELOW = 4096  # sorting so many is faster than a cipher, which would need more rounds the smaller they are
-_ROUNDS = (
-    6  # after 4, chi-squares over two million keys still told pairs of images from uniform ones; after 6 they did not
-)
+_ROUNDS = 6  # after 4, a chi-square over two million keys still told pairs of images from uniform ones; after 6, not
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64

@@ -155,16 +155,8 @@ class WindowSpec:
         Raises:
             SelectionError: There is none.
         """
+        counts = self.anchor_counts(lengths, terminated)
         first, after = self.bounds()
-        last = lengths - after
-        if (
-            self.n_step is not None
-            and terminated is not None
-            and any(o.bootstrap and not o.extra for o in self.outputs)
-        ):
-            # The final observation of these was never stored, so a return that reaches the end has nothing to go on from.
-            last = np.where(terminated, last, np.minimum(last, lengths - self.n_step.steps))
-        counts = np.maximum(last - first, 0)
         if not counts.any():
             longest = int(lengths.max()) if len(lengths) else 0
             needed = (
@@ -175,6 +167,20 @@ class WindowSpec:
                 "pass a smaller window, pad='edge' or 'zero', or append longer trajectories"
             )
         return AnchorIndex(counts, first)
+
+    def anchor_counts(self, lengths: Array, terminated: Array | None = None) -> Array:
+        """``(n,)`` int64: how many anchors each trajectory has; arguments as for ``anchors``."""
+        first, after = self.bounds()
+        last = lengths - after
+        if (
+            self.n_step is not None
+            and terminated is not None
+            and any(o.bootstrap and not o.extra for o in self.outputs)
+        ):
+            # The final observation of these was never stored, so a return that reaches the end has nothing to go on from.
+            last = np.where(terminated, last, np.minimum(last, lengths - self.n_step.steps))
+        counts: Array = np.maximum(last - first, 0)
+        return counts
 
     def pages_per_window(self, output: Output, page_rows: int) -> int:
         """Most pages that one window of an output touches."""
@@ -196,14 +202,33 @@ class AnchorIndex:
     """
 
     def __init__(self, counts: Array, first: int = 0) -> None:
-        self.ends = np.cumsum(counts)  # (n,) int64, anchors up to and including each trajectory
+        self._room = np.cumsum(counts)
+        self.ends = self._room  # (n,) int64, anchors up to and including each trajectory
         self._first = first
+        self._extended = False
         self._chosen: Array | None = None  # (m,) int64, sorted: those that are left of a restricted index
 
     def __len__(self) -> int:
         if self._chosen is not None:
             return len(self._chosen)
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    def extended(self, counts: Array) -> AnchorIndex:
+        """This index and the anchors of further trajectories; costs nothing for those that it has.
+
+        Args:
+            counts: ``(m,)`` int64, anchors of the further ones.
+        """
+        used = len(self.ends)
+        grown = AnchorIndex(np.empty(0, np.int64), self._first)
+        grown._room = self._room
+        if used + len(counts) > len(grown._room) or self._extended:
+            grown._room = np.empty(used + len(counts) + max(64, used // 8), np.int64)
+            grown._room[:used] = self.ends
+        self._extended = True  # what lies behind this index's end in its array now belongs to the other
+        grown._room[used : used + len(counts)] = np.cumsum(counts) + (self.ends[-1] if used else 0)
+        grown.ends = grown._room[: used + len(counts)]
+        return grown
 
     def restricted(self, allowed: Array, lengths: Array) -> AnchorIndex:
         """Only anchors at allowed steps; takes 8 bytes for each.

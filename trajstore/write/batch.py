@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from trajstore.format.manifest import TrajectoryRow
+from trajstore.format.manifest import SegmentEntry, TrajectoryRow
 from trajstore.schema import Schema
+from trajstore.storage.commit import Version
 from trajstore.stored import Stored
 from trajstore.write.segment import SegmentBuilder
 
@@ -57,6 +59,24 @@ class TrajectoryRef:
 
     def __repr__(self) -> str:
         return f"TrajectoryRef(uuid={self.uuid}, id={self._id})"
+
+
+class Follower(Protocol):
+    """Who wants to know of trajectories before they are committed."""
+
+    def appended(
+        self, row: TrajectoryRow, columns: Mapping[str, Stored], page_rows: Mapping[str, int], schema: Schema
+    ) -> bool:
+        """A trajectory was appended; whether it is shown, or else has to be committed first."""
+
+    def committed(self, version: Version, entries: Sequence[SegmentEntry], ids: Mapping[bytes, int]) -> None:
+        """Trajectories were committed: their segments, and their numbers by uuid."""
+
+    def lost(self, segments: Sequence[str]) -> None:
+        """Trajectories in these segments could not be committed."""
+
+    def advance(self, version: Version) -> None:
+        """The store has a newer version."""
 
 
 @dataclass(eq=False)

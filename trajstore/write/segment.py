@@ -85,6 +85,12 @@ class SegmentBuilder:
         """Bytes of rows that the workers have."""
         return sum(shard.encoding_bytes for shard in self._shards.values())
 
+    @property
+    def page_rows(self) -> dict[str, int]:
+        """Rows per page: of each tensor column, and of each Arrow file."""
+        tensors = {path: shard.page_rows for path, shard in self._shards.items()}
+        return {**tensors, **{name: file.page_rows for name, file in self._arrow_files.items()}}
+
     def append_rows(self, columns: Mapping[str, Stored]) -> None:
         """Copy rows of the trajectory that is being appended; columns may be at different steps."""
         for name, group in self._arrow_columns.items():

@@ -29,6 +29,7 @@ from trajstore.errors import (
 from trajstore.format.layout import manifest_key
 from trajstore.format.manifest import (
     Manifest,
+    SegmentEntry,
     TrajectoryRow,
     build_table,
     check_metadata,
@@ -41,7 +42,7 @@ from trajstore.storage.filesystem import Filesystem, ObjectStream
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Stored
 from trajstore.values import check_trajectory
-from trajstore.write.batch import Batch, TrajectoryRef, WriteOptions, total_reward
+from trajstore.write.batch import Batch, Follower, TrajectoryRef, WriteOptions, total_reward
 from trajstore.write.blocks import BlockPool
 from trajstore.write.segment import SegmentBuilder
 
@@ -94,6 +95,7 @@ class Writer:
         self._pump_wanted = False
         self._entropy = b""
         self._closing = False
+        self._follower: Follower | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -136,13 +138,26 @@ class Writer:
             reward_sum = total_reward(schema, trajectory.columns)
             try:
                 self._append_rows(builder, trajectory.columns)
-                return self._add_row(builder, trajectory.length, terminated, truncated, reward_sum, fields)
+                page_rows = builder.page_rows if self._follower is not None else {}
+                ref, row = self._add_row(builder, trajectory.length, terminated, truncated, reward_sum, fields)
             except BaseException:  # Ctrl-C, or out of memory: some columns may have rows that others lack
                 self._open.shared.pop(present, None)  # what it holds stays; nothing may follow
                 if not builder.trajectories and builder in self._open.builders:
                     self._open.builders.remove(builder)
                     builder.abandon()
                 raise
+            self._show(row, trajectory.columns, page_rows)
+            return ref
+
+    def follow(self, follower: Follower) -> None:
+        """Tell ``follower`` of every trajectory from now on. What was appended before is committed first."""
+        while True:
+            self.flush()
+            with self._begin_change():
+                if not self._open.rows and not self._queue:
+                    follower.advance(self._head)
+                    self._follower = follower
+                    return
 
     def open_stream(self, columns: Iterable[Column], schema: Schema) -> SegmentBuilder:
         """A segment of its own for an episode that outgrew memory."""
@@ -183,7 +198,9 @@ class Writer:
             fields, self._schema = _checked_metadata(metadata, self._schema)
             self._streaming.remove(builder)
             self._open.builders.append(builder)
-            return self._add_row(builder, length, terminated, truncated, reward_sum, fields)
+            ref, row = self._add_row(builder, length, terminated, truncated, reward_sum, fields)
+            self._show(row, None, {})  # its rows are on disk, too many for memory
+            return ref
 
     def abandon_stream(self, builder: SegmentBuilder) -> None:
         """Such an episode is given up."""
@@ -283,7 +300,7 @@ class Writer:
         truncated: bool,
         reward_sum: float | None,
         metadata: Mapping[str, Any],
-    ) -> TrajectoryRef:
+    ) -> tuple[TrajectoryRef, TrajectoryRow]:
         start, ordinal = builder.end_trajectory(length)
         ref = TrajectoryRef(self._fresh_uuid())
         row = TrajectoryRow(
@@ -305,7 +322,18 @@ class Writer:
         if sum(b.raw_bytes for b in self._open.builders) >= self.options.segment_bytes:
             self._cut()
         self._wake_if_needed()
-        return ref
+        return ref, row
+
+    def _show(self, row: TrajectoryRow, columns: Mapping[str, Stored] | None, page_rows: Mapping[str, int]) -> None:
+        """Let the follower see a trajectory; if that takes too much memory, by committing it now."""
+        if self._follower is None:
+            return
+        if columns is not None and self._follower.appended(row, columns, page_rows, self._schema):
+            return
+        self._cut()
+        wanted = self._open.number - 1
+        self._condition.wait_for(lambda: self._settled >= wanted)
+        self._raise_background_errors()
 
     def _fresh_uuid(self) -> bytes:
         """A random (version 4) UUID, RFC 9562; asking the kernel for each costs more than copying 100 kB."""
@@ -389,6 +417,8 @@ class Writer:
             return  # its batch was cut meanwhile: committing it will fail, and say what is lost
         else:
             lost = len(self._open.rows)
+            if self._follower is not None:
+                self._follower.lost([builder.uuid for builder in self._open.builders])
             for builder in self._open.builders:
                 builder.abandon()
             self._open = Batch(self._open.number)
@@ -396,6 +426,8 @@ class Writer:
 
     def _adopt(self, version: Version) -> None:
         self._head = version
+        if self._follower is not None:
+            self._follower.advance(version)
         try:
             self._schema = version.snapshot.schema.merged_with(self._schema)
         except SchemaConflictError:
@@ -403,21 +435,24 @@ class Writer:
 
     def _settle(self, batch: Batch) -> None:
         try:
-            version = self._commit(batch)
+            version, entries = self._commit(batch)
         except Exception as error:  # noqa: BLE001 - raised at the next call of the user
             with self._condition:
                 self._fail(batch, error)
             return
         with self._condition:
             first_id = version.snapshot.manifests[-1].first_id
-            for row, (ref, _) in enumerate(batch.rows):
-                ref._id = first_id + row
+            for number, (ref, _) in enumerate(batch.rows):
+                ref._id = first_id + number
+            if self._follower is not None:
+                ids = {row.uuid: first_id + number for number, (_, row) in enumerate(batch.rows)}
+                self._follower.committed(version, entries, ids)
             self._adopt(version)
             self._settled = batch.number
             self._queue.popleft()
             self._condition.notify_all()
 
-    def _commit(self, batch: Batch) -> Version:
+    def _commit(self, batch: Batch) -> tuple[Version, list[SegmentEntry]]:
         for builder in batch.builders:
             builder.close_pages()
         segments = [builder.finish() for builder in batch.builders]
@@ -437,7 +472,7 @@ class Writer:
         change = Append(schema, entry, nbytes=sum(s.entry.nbytes for s in segments))
         version = self._history.commit(change, self._head)
         self._history.remember(entry, Manifest(manifest.table, manifest.segments))
-        return version
+        return version, [segment.entry for segment in segments]
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         failed = [batch]
@@ -451,6 +486,8 @@ class Writer:
             except StorageError as later:
                 error.add_note(f"and the store's schema could not be read again: {later}")
         for one in failed:
+            if self._follower is not None:
+                self._follower.lost([builder.uuid for builder in one.builders])
             for builder in one.builders:
                 builder.abandon()
             if one in self._queue:
