@@ -15,6 +15,8 @@ from benchmarks import harness
 
 BENCHMARKS = {
     "codecs": "which codec and page size suit frames, floats and small integers; Arrow record batches",
+    "priority": "prioritized replay: the sum tree against cpprb and TorchRL",
+    "sampling": "windows and transitions, hot and cold, local and S3, against memcpy, TorchRL, cpprb and bare reads",
     "store": "append, flush, read, open and commit against memcpy, write + fsync, pyarrow and zarr-python",
 }
 

@@ -45,12 +45,13 @@ def url(request, tmp_path):
     return str(tmp_path / "store") if request.param == "local" else f"memory://{tmp_path}"
 
 
-def test_nothing_is_visible_before_commit_and_all_of_it_after(url):
-    with trajstore.open(url, "a") as store:
+def test_nobody_else_sees_anything_before_the_commit_and_all_of_it_after(url):
+    with trajstore.open(url, "a") as store, trajstore.open(url) as other:
         refs = [store.append(trajectory(5, seed), number=seed) for seed in range(3)]
-        assert (len(store.trajectories), store.pending, store.version) == (0, 3, 0)
+        assert (len(other.trajectories), store.pending, store.version) == (0, 3, 0)
         assert [ref.id for ref in refs] == [None] * 3
         store.flush()
+        assert (other.refresh(), len(other.trajectories)) == (1, 3)
         assert (len(store.trajectories), store.pending, store.version) == (3, 0, 1)
         assert [ref.id for ref in refs] == [0, 1, 2]
         assert [t.uuid for t in store.trajectories] == [ref.uuid for ref in refs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Annotated, Any, Optional
 
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import trajstore
 from trajstore import report
 from trajstore.errors import TrajstoreError
+from trajstore.read.cache import DEFAULT_CACHE_BYTES
 
 app = typer.Typer(
     name="trajstore",
@@ -103,6 +105,95 @@ def head(
             _print_json(json.loads(frame.reset_index().to_json(orient="records", date_format="iso")))
         else:
             report.print_steps(out, chosen[0], frame)
+
+
+@app.command()
+def sample(
+    url: Url,
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Windows per batch.", min=1)] = 256,
+    window: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--window", "-w", help="Steps per window. Default: single steps.", min=1),
+    ] = None,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="random: uniform, with replacement. shuffle: every window once per epoch. sequential: in order. "
+            "prioritized: by priorities, which are all equal here."
+        ),
+    ] = "random",
+    columns: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--column", "-c", help="A column, or all under a name; may be repeated. Default: all of fixed size."
+        ),
+    ] = None,
+    pad: Annotated[
+        str, typer.Option(help="What is beyond a trajectory's ends: none (no such windows), edge or zero.")
+    ] = "none",
+    n_step: Annotated[Optional[int], typer.Option(help="Sum so many rewards, and bootstrap behind them.")] = None,  # noqa: UP045
+    where: Where = None,
+    seconds: Annotated[float, typer.Option(help="How long to sample.", min=0.1)] = 3.0,
+    batches: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Stop after so many batches, however long they take.", min=1),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where batches go: cuda, cuda:1. Default: main memory."),
+    ] = None,
+    cache_bytes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Size of the page cache: 500MB, 8GiB, or a number of bytes. Default: 1GiB."),
+    ] = None,
+    prefetch: Annotated[int, typer.Option(help="Batches made ahead, by a thread; 0 for none.", min=0)] = 2,
+    seed: Annotated[int, typer.Option(help="Same seed, same batches.")] = 0,
+    version: Version = None,
+    as_json: AsJson = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Sample windows: what a batch holds, how fast they come, what is cached.
+
+    The first batches read pages from the storage and decode them; once the
+    pages are in the cache, batches are copied out of memory. The two are
+    reported apart. If pages are read until the end, the cache is smaller than
+    what is sampled, or there was too little time: try a larger --cache-bytes,
+    more --seconds, or fewer columns.
+
+    Example: trajstore sample runs/cartpole --window 16 --batch 256 -c obs -c action
+    """
+    from trajstore.feed.measure import measure_sampling
+
+    nbytes = DEFAULT_CACHE_BYTES if cache_bytes is None else _nbytes(cache_bytes)
+    with trajstore.open(url, version=version, storage_options=_options(storage_option), cache_bytes=nbytes) as store:
+        view = store.trajectories.filter(where) if where else store.trajectories
+        with (
+            view.loader(
+                batch,
+                window=window,
+                columns=columns,
+                pad=pad,
+                n_step=n_step,
+                order=order,
+                device=device,
+                prefetch=prefetch,
+                seed=seed,
+            ) as loader,
+            _progress("batches" if batches else "s") as progress,
+        ):
+            task = progress.add_task("sampling", total=batches or round(seconds))
+
+            def on_check(elapsed: float, count: int, windows: int) -> None:
+                speed = f"sampling  {windows / elapsed:,.0f} windows/s"
+                progress.update(task, completed=count if batches else int(elapsed), description=speed)
+
+            measured = measure_sampling(
+                loader, seconds=None if batches else seconds, batches=batches, on_check=on_check
+            )
+        if as_json:
+            _print_json(report.sampling_json(view, measured, window=window))
+        else:
+            report.print_sampling(out, view, measured, window=window)
 
 
 @app.command()
@@ -213,6 +304,15 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[leaf] = value
     return options
+
+
+def _nbytes(text: str) -> int:
+    """A number of bytes as people write it: ``500MB``, ``8 GiB``, ``1000000``."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not a number of bytes; write 500MB, 8GiB or 1000000")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def _print_json(document: Any) -> None:

@@ -1,7 +1,6 @@
 """``trajstore demo``: record real episodes, look at them, learn from them, see where their bytes are.
 
-Invariant: everything that is shown was measured in this run. The losses are those of the batches that the
-    loader
+Invariant: everything that is shown was measured in this run. The losses are those of the batches that the loader
 gave; both returns come from episodes that are played here, with seeds that were not recorded.
 
 The policy is behaviour cloning of the better half of the episodes (the "%BC" baseline of Chen et al., 2021,
@@ -23,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import Progress
 from rich.table import Table
 
 import trajstore
 from trajstore import report
+from trajstore.feed.measure import measure_sampling
 from trajstore.stored import Array
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 CARTPOLE = "CartPole-v1"
 WINDOW = 8  # observations that the policy sees
 BATCH_SIZE = 512
+_SAMPLE_S = 0.5
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 Act = Callable[[Array], Array]  # the last observations [n, WINDOW, 4] -> actions [n]
@@ -83,9 +85,8 @@ def run_demo(
 
     root = url.rstrip("/") if url else os.path.join(tempfile.mkdtemp(prefix="trajstore-"), "demo")
     console.rule(f"trajstore demo: {root}")
-    cartpole, *others = stores = _record_all(root, episodes, seed, console)
-    for other in others:
-        _show_sampling(other, seed, console)
+    stores = _record_all(root, episodes, seed, console)
+    cartpole = stores[0]
     with trajstore.open(cartpole) as store:
         view = store.trajectories
         frame = view.to_pandas()
@@ -105,8 +106,9 @@ def run_demo(
     for store_url in stores:
         with trajstore.open(store_url) as store:
             report.print_usage(console, store.usage(), title=f"where the bytes of {store_url} are")
+    _show_sampling(stores, seed, console)
     console.print("\nLook further:", style="bold")
-    for command in ("info", "ls", "head"):
+    for command in ("info", "ls", "head", "sample"):
         console.print(f"  trajstore {command} {cartpole}", highlight=False, soft_wrap=True)
     return result
 
@@ -180,40 +182,35 @@ def _record(
     )
 
 
-def _show_sampling(url: str, seed: int, console: Console) -> None:
-    """How fast random windows come."""
-    batches, nbytes = 50, 0
-    with (
-        trajstore.open(url) as store,
-        store.trajectories.loader(batch_size=64, window=4, order="random", seed=seed) as loader,
-    ):
-        source = iter(loader)
-        shapes = {path: tuple(leaf.shape) for path, leaf in _leaves(next(source))}
-        started = time.perf_counter()
-        for _ in range(batches):
-            nbytes += sum(leaf.nbytes for _, leaf in _leaves(next(source)))
-        elapsed = time.perf_counter() - started
-    described = ", ".join(f"{path} {list(shape)}" for path, shape in shapes.items())
-    console.print(
-        f"sampled {batches} random batches of {url}: {elapsed / batches * 1e3:.2f} ms each, "
-        f"{nbytes / elapsed / 1e6:.0f} MB/s ({described})",
-        soft_wrap=True,
-    )
-
-
-def _leaves(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in batch.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        elif isinstance(value, torch.Tensor):
-            yield prefix + name, value
+def _show_sampling(urls: Sequence[str], seed: int, console: Console) -> None:
+    """How fast random windows come from each store, and how many of their rows were cached."""
+    table = Table(title=f"random windows of {WINDOW} steps, {BATCH_SIZE} in a batch", title_justify="left")
+    table.add_column("store")
+    for name in ("a batch", "windows/s", "bytes/s", "cache hits"):
+        table.add_column(name, justify="right")
+    for url in urls:
+        with (
+            trajstore.open(url) as store,
+            store.trajectories.loader(BATCH_SIZE, window=WINDOW, pad="edge", seed=seed) as loader,
+        ):
+            measured = measure_sampling(loader, seconds=_SAMPLE_S)
+        pace = measured.hot if measured.hot.batches else measured.cold
+        cache = measured.stats.cache
+        table.add_row(
+            os.path.basename(url),
+            decimal(measured.batch_bytes),
+            f"{pace.windows_per_s:,.0f}",
+            f"{decimal(round(measured.bytes_per_s(pace)))}/s",
+            f"{cache.hits / max(cache.hits + cache.misses, 1):.1%}",
+        )
+    console.print(table)
 
 
 # Learning
 
 
 def _train(view: View, seconds: float, seed: int, console: Console) -> tuple[Act, list[float]]:
-    """Predict the last action of each window from its observations."""
+    """Predict an action from the observations up to it."""
     device = _best_device()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -227,18 +224,17 @@ def _train(view: View, seconds: float, seed: int, console: Console) -> tuple[Act
         ).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses: list[float] = []
-    hide = torch.Generator().manual_seed(seed)
     with (
         _one_thread(),
+        # At the start of an episode the first observation is repeated: pad="edge".
         view.loader(
-            BATCH_SIZE, window=WINDOW, order="random", seed=seed, columns=["obs", "action"], device=device
+            BATCH_SIZE, window={"obs": range(1 - WINDOW, 1), "action": 0}, pad="edge", seed=seed, device=device
         ) as loader,
     ):
         ends = time.perf_counter() + seconds
         for batch in loader:
-            # obs [BATCH_SIZE, WINDOW, 4], action [BATCH_SIZE, WINDOW]
-            observations = _as_at_the_start(batch["obs"], hide)
-            loss = torch.nn.functional.cross_entropy(network(observations), batch["action"][:, -1])
+            # obs [BATCH_SIZE, WINDOW, 4], action [BATCH_SIZE]
+            loss = torch.nn.functional.cross_entropy(network(batch["obs"]), batch["action"])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -261,15 +257,6 @@ def _train(view: View, seconds: float, seed: int, console: Console) -> tuple[Act
         return actions
 
     return act, losses
-
-
-def _as_at_the_start(observations: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """In a quarter of the windows, repeat an observation back to the start, as in a young episode."""
-    count, steps = observations.shape[:2]
-    first = torch.randint(steps, (count, 1), generator=generator)  # the one that is repeated
-    first *= torch.rand(count, 1, generator=generator) < 0.25
-    index = torch.maximum(torch.arange(steps), first).to(observations.device)  # (count, steps)
-    return observations[torch.arange(count, device=observations.device)[:, None], index]
 
 
 def _best_device() -> str:

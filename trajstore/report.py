@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pandas as pd
@@ -9,9 +10,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from trajstore.feed.measure import Pace, SamplingMeasurement
+from trajstore.read.cache import CacheStats
 from trajstore.read.usage import StoreUsage
 from trajstore.store import Store
-from trajstore.view import Trajectory
+from trajstore.view import Trajectory, View
 
 
 def usage_json(store: Store, usage: StoreUsage) -> dict[str, Any]:
@@ -125,6 +128,78 @@ def print_steps(console: Console, trajectory: Trajectory, frame: pd.DataFrame) -
     if left_out:
         described = [f"{name} ({trajectory.column(name).column.describe()})" for name in left_out]
         console.print(f"not shown: {', '.join(described)}", highlight=False)
+
+
+def sampling_json(view: View, measured: SamplingMeasurement, *, window: int | None) -> dict[str, Any]:
+    """``trajstore sample --json``."""
+
+    def part(pace: Pace) -> dict[str, Any]:
+        return {
+            "batches": pace.batches,
+            "windows": pace.windows,
+            "seconds": pace.seconds,
+            "windows_per_s": pace.windows_per_s,
+            "steps_per_s": pace.windows_per_s * (window or 1),
+            "bytes_per_s": measured.bytes_per_s(pace),
+        }
+
+    return {
+        "trajectories": len(view),
+        "steps": view.num_steps,
+        "version": view.version,
+        "batch": {entry.path: {"dtype": entry.dtype, "shape": list(entry.shape)} for entry in measured.entries},
+        "batch_bytes": measured.batch_bytes,
+        "first_batch_s": measured.first_s,
+        "wait_s": measured.stats.wait_s,
+        "cold": part(measured.cold),
+        "hot": part(measured.hot),
+        "cache": dataclasses.asdict(measured.stats.cache),
+    }
+
+
+def print_sampling(console: Console, view: View, measured: SamplingMeasurement, *, window: int | None) -> None:
+    """``trajstore sample``."""
+    console.print(f"{len(view):,} trajectories, {view.num_steps:,} steps, version {view.version}", highlight=False)
+    table = Table(title=f"a batch, {decimal(measured.batch_bytes)}", title_justify="left")
+    for name in ("column", "dtype", "shape"):
+        table.add_column(name)
+    for entry in measured.entries:
+        table.add_row(entry.path, entry.dtype, str(list(entry.shape)))
+    console.print(table)
+    table = Table(title="how fast", title_justify="left")
+    table.add_column("batches")
+    for name in ("number", "seconds", "windows/s", "steps/s", "bytes/s"):
+        table.add_column(name, justify="right")
+    for label, pace in (("while pages were read", measured.cold), ("from the page cache", measured.hot)):
+        if pace.batches:
+            table.add_row(
+                label,
+                f"{pace.batches:,}",
+                f"{pace.seconds:.2f}",
+                f"{pace.windows_per_s:,.0f}",
+                f"{pace.windows_per_s * (window or 1):,.0f}",
+                f"{decimal(round(measured.bytes_per_s(pace)))}/s",
+            )
+    console.print(table)
+    if not measured.hot.batches:
+        console.print("pages were read until the end: sample for longer, or with a larger cache", highlight=False)
+    total = measured.cold.seconds + measured.hot.seconds
+    console.print(
+        f"first batch after {measured.first_s:.3f} s; waited {measured.stats.wait_s:.2f} of {total:.2f} s for batches",
+        highlight=False,
+    )
+    console.print(described_cache(measured.stats.cache), highlight=False)
+
+
+def described_cache(stats: CacheStats) -> str:
+    """What a page cache has done, in one line."""
+    rows = stats.hits + stats.misses
+    share = stats.hits / rows if rows else 0.0
+    return (
+        f"page cache: {share:.2%} of {rows:,} rows were there; {stats.pages_read:,} pages read "
+        f"({decimal(stats.bytes_read)} stored, {decimal(stats.bytes_decoded)} in memory), {stats.evictions:,} evicted; "
+        f"{decimal(stats.used_bytes)} of {decimal(stats.capacity_bytes)} used"
+    )
 
 
 def _shows(frame_column: str, path: str) -> bool:

@@ -254,49 +254,58 @@ class View(Sequence["Trajectory"]):
         *,
         seed: int | None = None,
         window: Window = None,
-        columns: Sequence[str] | None = None,
+        dilation: int = 1,
         pad: str = "none",
         n_step: int | None = None,
         gamma: float = 0.99,
+        columns: Sequence[str] | None = None,
+        anchors: str | Array | None = None,
+        weights: str | Sequence[float] | Array | None = None,
     ) -> dict[str, Any]:
-        """One batch, drawn uniformly with replacement; single steps unless ``window`` says otherwise.
+        """One random batch, in the calling thread; single steps unless ``window`` says otherwise.
 
         Args:
             n: Windows.
             seed: Same seed, same windows; by default different each time.
             window: As for ``loader``, like the rest.
-            columns: Names.
+            dilation: Steps between the rows of an integer window.
             pad: What rows outside the trajectory are.
             n_step: Rewards in a return.
             gamma: Discount.
+            columns: Names.
+            anchors: Where windows may begin.
+            weights: Of trajectories.
 
         Returns:
             Nested mapping of tensors ``[n, ...]``.
         """
-        if seed is not None:
-            options = LoaderOptions(
-                n,
-                window=window,
-                columns=columns,
-                pad=pad,
-                n_step=n_step,
-                gamma=gamma,
-                seed=operator.index(seed),
-                prefetch=0,
-            )
-            pipeline = PipelineBuilder((self,), (n,), options)()
-            try:
-                return pipeline.make(0, 1).batches[0]
-            finally:
-                pipeline.close()
-        key = (n, repr(window), None if columns is None else tuple(columns), pad, n_step, gamma)
-        samples = self._samples.get(key)
-        if samples is None:
-            options = LoaderOptions(
-                n, window=window, columns=columns, pad=pad, n_step=n_step, gamma=gamma, seed=_fresh_seed(), prefetch=0
-            )
-            samples = self._samples[key] = Samples(PipelineBuilder((self,), (n,), options)())
-        return samples.next()
+        key = None
+        if seed is None and isinstance(anchors, str | None) and isinstance(weights, str | None):
+            names = None if columns is None else tuple(columns)
+            key = (n, repr(window), dilation, pad, n_step, gamma, names, anchors, weights)
+            if key in self._samples:
+                return self._samples[key].next()
+        options = LoaderOptions(
+            n,
+            window=window,
+            dilation=dilation,
+            pad=pad,
+            n_step=n_step,
+            gamma=gamma,
+            columns=columns,
+            anchors=anchors,
+            weights=weights,
+            seed=_fresh_seed() if seed is None else operator.index(seed),
+            prefetch=0,
+        )
+        pipeline = PipelineBuilder((self,), (n,), options)()
+        if key is not None:
+            self._samples[key] = Samples(pipeline)
+            return self._samples[key].next()
+        try:
+            return pipeline.make(0, 1).batches[0]
+        finally:
+            pipeline.close()
 
     def loader(
         self,
@@ -377,8 +386,9 @@ class View(Sequence["Trajectory"]):
             timeout_s: Longest wait for a batch.
             cache_bytes: A page cache of this loader's own, instead of the store's.
             cache_device: A page cache on this device, of ``cache_bytes`` or as large as the store's.
-            output: ``"dict"``, or ``"tensordict"`` (needs the package tensordict).
-            progress: Show a progress bar on passes that end.
+            output: ``"dict"``, or ``"tensordict"``: a ``TensorDict`` of batch size ``[batch_size]`` in which strings and
+                ragged columns are ``NonTensorStack``; needs ``pip install 'trajstore[tensordict]'``.
+            progress: Show a progress bar on standard error; of several ranks, the first shows it.
 
         Returns:
             An iterator over nested mappings of tensors ``[batch_size, ...]``; a context manager.

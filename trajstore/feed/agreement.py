@@ -84,4 +84,3 @@ def _described(selection: Selection, output: Output) -> str:
         return output.source.describe()
     kind = selection.schema.metadata.get(output.source)
     return "computed" if kind is None else f"a metadata field of {kind}"
-

@@ -358,7 +358,10 @@ class Gatherer:
         of_window = windows.trajectories if self._numbers is None else self._numbers[windows.trajectories]
         if name != "trajectory":
             of_window = self._per_trajectory[output.name][windows.trajectories]
-        return np.broadcast_to(of_window[:, None], steps.shape)
+        values = np.broadcast_to(of_window[:, None], steps.shape)
+        if name == "trajectory" and self.spec.pad == "zero" and rows.outside is not None:
+            values = np.where(rows.outside, 0, values)
+        return values
 
     def _virtual_dtype(self, name: str) -> torch.dtype:
         if name in ("terminated", "truncated", "is_first", "is_last"):
@@ -423,6 +426,8 @@ class Gatherer:
         if column.ragged:
             offsets = taken.offsets.to_numpy().astype(np.int64)
             values = ragged_values(column, taken)
+            if isinstance(values, np.ndarray) and values.dtype.kind in "mM":
+                values = values.view(np.int64)
             if isinstance(values, np.ndarray) and values.dtype != object:
                 values = torch.from_numpy(np.ascontiguousarray(values))
             return values, torch.from_numpy(offsets - offsets[0])

@@ -7,10 +7,11 @@ after a resumption. Whatever fails behind it is raised by ``next``.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,9 @@ from trajstore.feed.cuda import Arrival
 from trajstore.feed.options import LoaderOptions
 from trajstore.feed.pipeline import Pipeline
 from trajstore.feed.prefetch import Inline, Prefetcher
-from trajstore.read.cache import CacheStats
+from trajstore.feed.progress import LoaderProgress
+from trajstore.feed.tensordicts import TensorDictMaker
+from trajstore.read.cache import CacheStats, PageCache
 from trajstore.storage.workers import FORKED
 
 _STATE_FORMAT = 1
@@ -37,7 +40,7 @@ class LoaderStats:
         wait_s: Seconds that the consumer waited for them.
         buffers_made: Output buffers that had to be made: more than a few if the consumer keeps batches.
         ignored_updates: Priorities given for trajectories that are gone.
-        cache: Of the store's cache, which other loaders may share.
+        cache: Of the store's cache, which other loaders may share; of a mix, the sum over the caches of its views.
     """
 
     batches: int
@@ -53,6 +56,7 @@ class Loader(IterableDataset[Batch]):
     ``iter(loader)`` goes on where the loader is. After the end of a pass the next ``iter`` begins the next pass, with the
     epochs counted on. Under ``torch.utils.data.DataLoader(loader, batch_size=None, num_workers=n,
     multiprocessing_context="spawn")`` each worker makes every n-th batch, and the batches are the same.
+    (With ``output="tensordict"`` also pass a ``collate_fn`` that returns its argument.)
 
     Args:
         build: Makes the pipeline; called again in another process.
@@ -66,6 +70,8 @@ class Loader(IterableDataset[Batch]):
 
     def _open(self) -> None:
         self._pipeline = self._build()
+        self._converted = TensorDictMaker(self._pipeline.spec) if self._options.output == "tensordict" else None
+        self._bar: LoaderProgress | None = None  # of the pass that goes on
         self._pid = os.getpid()
         self._received = 0  # batches, over all passes
         self._ended = False  # at the end of a pass, until the next iter()
@@ -99,7 +105,9 @@ class Loader(IterableDataset[Batch]):
             self._stride = worker.num_workers
             self._sharing = True
         self._ended = False
-        return self._shown() if self._options.progress and not self._options.endless else self
+        # One bar in a terminal: not one for each worker and rank.
+        shown = self._options.progress and worker is None and self._options.rank == 0
+        return self._with_progress() if shown else self
 
     def __next__(self) -> Batch:
         if not self._ready:
@@ -109,7 +117,7 @@ class Loader(IterableDataset[Batch]):
             self._arrival.receive()
         batch = self._ready.popleft()
         self._received += self._stride
-        return batch
+        return batch if self._converted is None else self._converted(batch)
 
     def __enter__(self) -> Loader:
         return self
@@ -124,6 +132,8 @@ class Loader(IterableDataset[Batch]):
         self._closed = True
         self._restart()
         self._pipeline.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def stats(self) -> LoaderStats:
         """Counters as they are now."""
@@ -133,7 +143,7 @@ class Loader(IterableDataset[Batch]):
             wait_s=self._wait_s,
             buffers_made=self._pipeline.buffers_made,
             ignored_updates=0 if sampler is None else sampler.ignored_updates,
-            cache=self._pipeline.supplies[0].cache.stats(),
+            cache=_summed({supply.cache for supply in self._pipeline.supplies}),
         )
 
     def update_priorities(self, index: Any, priorities: Any) -> None:
@@ -250,13 +260,27 @@ class Loader(IterableDataset[Batch]):
         if self._closed:
             raise ClosedError("the loader is closed; make another one with view.loader(...)")
 
-    def _shown(self) -> Iterator[Batch]:
-        """This pass, with a progress bar."""
-        from rich.console import Console
-        from rich.progress import track
+    def _with_progress(self) -> Iterator[Batch]:
+        """This pass, with a progress bar that ends with it, or with the generator."""
+        count = self._pipeline.batches_per_pass
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = bar = LoaderProgress(self._received if count is None else self._received % count, count)
+        try:
+            while True:
+                try:
+                    batch = next(self)
+                except StopIteration:
+                    return
+                bar.advance()
+                yield batch
+        finally:
+            bar.close()
 
-        count = len(self)
-        yield from track(self, "batches", total=count, completed=self._received % count, console=Console(stderr=True))
+
+def _summed(caches: Iterable[PageCache]) -> CacheStats:
+    counters = zip(*(dataclasses.astuple(cache.stats()) for cache in caches), strict=True)
+    return CacheStats(*map(sum, counters))
 
 
 class _Maker:

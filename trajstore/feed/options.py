@@ -80,6 +80,8 @@ class LoaderOptions:
             raise SelectionError(f"follow=True needs an endless order, 'random' or 'prioritized'; found {self.order!r}")
         if self.follow and (self.anchors is not None or self.weights is not None):
             raise SelectionError("follow=True with anchors= or weights=: these are of one fixed view")
+        for name in ("device", "cache_device"):
+            _check_device(name, getattr(self, name))
         if self.output not in ("dict", "tensordict"):
             raise SelectionError(f"output={self.output!r}, expected 'dict' or 'tensordict'")
         if self.cache_bytes is not None and self.cache_bytes < 1:
@@ -101,3 +103,17 @@ class LoaderOptions:
             None if self.block_bytes is None else int(self.block_bytes),
             [self.alpha, self.beta] if self.order == "prioritized" else None,
         ]
+
+
+def _check_device(name: str, device: torch.device | str | None) -> None:
+    if device is None:
+        return
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise SelectionError(f"{name}={device!r}: {error}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise SelectionError(
+            f"{name}={str(device)!r}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here; choose "
+            f"another, or leave {name}= out"
+        )

@@ -79,16 +79,15 @@ class Pipeline:
         self._sizes = list(sizes)
         mixed = len(supplies) > 1
         self._gatherers: list[Gatherer] = []
+        anchors = [_anchors(supply, spec, options) for supply, spec in zip(supplies, specs, strict=True)]
         try:
             for number, (supply, spec) in enumerate(zip(supplies, specs, strict=True)):
                 self._gatherers.append(
                     Gatherer(supply.selection, spec, supply.cache, supply.readers, supply.variable, source=number)
                 )
             self._planners = [
-                _planner(supply, spec, options, gatherer, size, stream=number)
-                for number, (supply, spec, gatherer, size) in enumerate(
-                    zip(supplies, specs, self._gatherers, sizes, strict=True)
-                )
+                _planner(supply, spec, anchors[number], options, self._gatherers[number], sizes[number], stream=number)
+                for number, (supply, spec) in enumerate(zip(supplies, specs, strict=True))
             ]
             self._following = [
                 Following(_latest(supply), options.refresh_s, gatherer, planner)
@@ -202,13 +201,24 @@ def _size_of(drawn: Sequence[Drawn]) -> int:
     return sum(d.sizes[0] for d in drawn)
 
 
-def _planner(
-    supply: Supply, spec: WindowSpec, options: LoaderOptions, gatherer: Gatherer, size: int, *, stream: int
-) -> Planner:
+def _anchors(supply: Supply, spec: WindowSpec, options: LoaderOptions) -> AnchorIndex:
     selection = supply.selection
     anchors = spec.anchors(selection.lengths, selection.terminated if spec.n_step is not None else None)
     if options.anchors is not None:
         anchors = anchors.restricted(_allowed(supply, options.anchors), selection.lengths)
+    return anchors
+
+
+def _planner(
+    supply: Supply,
+    spec: WindowSpec,
+    anchors: AnchorIndex,
+    options: LoaderOptions,
+    gatherer: Gatherer,
+    size: int,
+    *,
+    stream: int,
+) -> Planner:
     share = Share(operator.index(options.rank), operator.index(options.world_size))
     if options.order == "prioritized":
         sampler = PrioritySampler(

@@ -39,13 +39,15 @@ class Extents:
         self.capacity = capacity
         self.largest = largest
         self.free_rows = capacity
-        # Free extents by size. The largest are taken in order: an arena that fills up touches memory front to back.
+        # Free extents by size. The largest are taken in order: an arena that fills up touches memory front to back, and
+        # what was never touched needs no list.
         self._free: dict[int, set[int]] = {}
         size = largest
         while size:
             self._free[size] = set()
             size >>= 1
-        self._whole = list(range(capacity - largest, -1, -largest))
+        self._whole: list[int] = []
+        self._untouched = 0
 
     def take(self, size: int) -> int | None:
         """First row of a free extent of ``size`` rows, now taken; None if there is none."""
@@ -56,6 +58,9 @@ class Extents:
             start = self._free[found].pop()
         elif self._whole:
             start = self._whole.pop()
+        elif self._untouched < self.capacity:
+            start = self._untouched
+            self._untouched += self.largest
         else:
             return None
         while found > size:

@@ -58,6 +58,7 @@ class LiveSegment:
         self._schema = Schema(tuple(columns))
         self._variable: dict[str, list[pa.Array]] = {c.path: [] for c in columns if c.is_variable}
         self._final: SegmentEntry | None = None
+        self._lock = threading.Lock()  # of the variable columns, which one thread adds to and another joins
 
     def page_rows_of(self, name: str) -> int:
         """Rows per page of a group of columns."""
@@ -69,7 +70,8 @@ class LiveSegment:
         for path, data in columns.items():
             column = self._columns[path]
             if column.is_variable:
-                self._variable[path].append(data)
+                with self._lock:
+                    self._variable[path].append(data)
             else:
                 rows = (
                     np.ascontiguousarray(data)
@@ -119,10 +121,11 @@ class LiveSegment:
 
     def variable_page(self, path: str) -> pa.Array:
         """All rows of a column of strings or lists."""
-        parts = self._variable[path]
-        if len(parts) > 1:
-            parts = self._variable[path] = [pa.concat_arrays(parts)]
-        return parts[0] if parts else pa.array([], arrow_type(self._columns[path]))
+        with self._lock:
+            parts = self._variable[path]
+            if len(parts) > 1:
+                parts[:] = [pa.concat_arrays(parts)]
+            return parts[0] if parts else pa.array([], arrow_type(self._columns[path]))
 
 
 class LiveTrajectories:

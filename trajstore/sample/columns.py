@@ -146,7 +146,7 @@ def _check_present(selection: Selection, column: Column) -> None:
 
 def _with_returns(selection: Selection, outputs: list[Output], returns: NStep) -> list[Output]:
     reward = selection.schema.get(_REWARD)
-    if reward is None or reward.is_variable or reward.extra or reward.physical_dtype.kind not in "fiu":
+    if reward is None or reward.is_variable or reward.shape or reward.extra or reward.physical_dtype.kind not in "fiu":
         found = "none" if reward is None else reward.describe()
         raise SelectionError(f"n_step= sums the column 'reward', one number per step; found {found}")
     _check_present(selection, reward)

@@ -410,23 +410,3 @@ def _at_least_one(name: str, value: int) -> int:
     if value < 1:
         raise SelectionError(f"{name}={value}, expected at least 1")
     return value
-
-
-ORDERS = ("random", "sequential")
-
-
-def check_order(order: str) -> None:
-    """Raise ``SelectionError`` unless ``order`` is one of ``ORDERS``."""
-    if order not in ORDERS:
-        raise SelectionError(f"order={order!r}, expected one of {', '.join(map(repr, ORDERS))}")
-
-
-def random_anchors(count: int, *, seed: int, batch: int, size: int) -> Array:
-    """``size`` anchors of batch ``batch``, uniform with replacement: ``(size,)`` int64 in ``[0, count)``."""
-    bits = np.random.Philox(key=seed % 2**64, counter=[0, 0, 0, batch])
-    return np.random.Generator(bits).integers(0, count, size, dtype=np.int64)
-
-
-def sequential_anchors(count: int, *, batch: int, size: int) -> Array:
-    """Anchors of batch ``batch`` in order; the last batch of an epoch may be short: ``(<= size,)`` int64."""
-    return np.arange(batch * size, min((batch + 1) * size, count), dtype=np.int64)

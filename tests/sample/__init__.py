@@ -1,0 +1,1 @@
+"""What the bytes mean: documents, tables, pages, codecs, and other readers."""
