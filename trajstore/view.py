@@ -82,7 +82,7 @@ class View(Sequence["Trajectory"]):
         self._access = access
         self._rows = table.all_rows if rows is None else rows  # (n,) int64, rows of the table
         self._follows = follows
-        self._selection = Selection(table, self._rows)
+        self._selection = Selection(table, self._rows, whole=rows is None)
         self._samples: dict[Any, Samples] = {}  # of sample(), by its arguments
 
     def __len__(self) -> int:
@@ -368,9 +368,9 @@ class View(Sequence["Trajectory"]):
                 ``Loader.update_priorities``.
             weights: For ``"random"``: a number per trajectory, or the name of a field; a trajectory is drawn in
                 proportion to it, then an anchor of it uniformly. ``weights="length"`` draws steps about uniformly.
-            block_bytes: For ``"shuffle"``: shuffle blocks of neighbouring rows of about this many bytes, then anchors
-                within as many blocks as half of the cache holds, so that pages are read about once per epoch. By
-                default so if the view exceeds the cache.
+            block_bytes: For ``"shuffle"``: shuffle blocks of neighbouring rows of about this many bytes, and then the
+                anchors of 16 blocks together, so that pages are read about once per epoch as long as the cache holds
+                these. Of use when the view exceeds the cache; by default anchors of the whole view are shuffled.
             alpha: Exponent of priorities.
             beta: Exponent of importance weights.
             seed: Same view, arguments and seed: same batches.
@@ -440,7 +440,7 @@ class View(Sequence["Trajectory"]):
             if len(selection) < len(self) and not options.follow:
                 raise SelectionError(
                     f"{len(self) - len(selection)} of {len(self)} trajectories are not yet committed, and only the store's "
-                    "own cache has them: flush() the store and take the view again, or leave out cache_bytes= and cache_device="
+                    "own cache has them: flush() and take the view again, or leave out cache_bytes= and cache_device="
                 )
         follows = self._follows
 

@@ -7,8 +7,9 @@ and go; a trajectory is known by its segment and its place there, which its comm
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,46 +43,76 @@ class Roster:
     """
 
     def __init__(self, selection: Selection, segments: Array) -> None:
-        self._selection = selection
-        self._keys = _keys(selection, segments)  # by number
-        self._rows = selection.rows  # by number, in the latest table; -1 if gone
+        self.latest = selection
+        self._segments = segments
+        # None while every number is a position in the latest view: nothing then has to be kept for each trajectory.
+        self._keys: Array | None = None  # by number
+        self._rows: Array | None = None  # by number, in the latest table; -1 if gone
+
+    def __len__(self) -> int:
+        """Numbers given."""
+        return len(self.latest) if self._keys is None else len(self._keys)
+
+    def rows(self, numbers: Array) -> Array:
+        """Rows of the latest table, ``(n,)`` int64; -1 for what is gone."""
+        found: Array = (self.latest.rows if self._rows is None else self._rows)[numbers]
+        return found
 
     @property
-    def whole(self) -> Selection:
-        """The latest view."""
-        return self._selection
-
-    @property
-    def selection(self) -> Selection:
-        """By number; what is gone has the place of the first trajectory."""
-        return Selection(self._selection.table, np.maximum(self._rows, 0))
+    def by_number(self) -> Selection:
+        """All numbers; what is gone has the place of the first trajectory."""
+        if self._rows is None:
+            return self.latest
+        return Selection(self.latest.table, np.maximum(self._rows, 0))
 
     @property
     def present(self) -> Array:
         """``(n,)`` int64: numbers of what is there."""
-        return np.flatnonzero(self._rows >= 0)
+        return np.arange(len(self)) if self._rows is None else np.flatnonzero(self._rows >= 0)
+
+    def state(self) -> dict[str, Any]:
+        """Which trajectory each number means, in any process and version."""
+        known = self.by_number
+        table, rows = known.table, known.rows
+        used, segment = np.unique(table.segment[rows], return_inverse=True)
+        return {
+            "segments": [table.segments[n].uuid for n in used.tolist()],
+            "segment": segment.astype(np.int32),  # (n,) of these
+            "ordinal": table.ordinal[rows],  # (n,) place in the segment
+            "id": table.id[rows],  # (n,) -1 where it was not committed when this was taken
+        }
+
+    def places(self, state: Mapping[str, Any]) -> Array:
+        """Numbers here of the trajectories of another roster's state, ``(n,)`` int64; -1 for what is not here."""
+        mine = self.state()
+        numbers = {uuid: n for n, uuid in enumerate(mine["segments"])}
+        theirs = np.array([numbers.get(uuid, -1) for uuid in state["segments"]], np.int64)
+        wanted = theirs[state["segment"]] << 32 | np.asarray(state["ordinal"], np.int64)
+        keys = mine["segment"].astype(np.int64) << 32 | mine["ordinal"]
+        order = np.argsort(keys, kind="stable")
+        place = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
+        return np.where(keys[order[place]] == wanted, order[place], -1)
 
     def update(self, selection: Selection, segments: Array) -> Change:
         """A new view."""
-        before = len(self._keys)
-        none = np.empty(0, np.int64)
-        if selection.extends(self._selection) and before == len(self._selection):
-            fresh = Selection(selection.table, selection.rows[before:])
-            self._keys = np.concatenate([self._keys, _keys(fresh, segments)]) if len(fresh) else self._keys
-            self._selection, self._rows = selection, selection.rows
-            return Change(np.arange(before, len(self._keys)), none, extended=True)
+        before = len(self)
+        if self._keys is None and selection.extends(self.latest):
+            self.latest, self._segments = selection, segments
+            return Change(np.arange(before, len(selection)), np.empty(0, np.int64), extended=True)
+        known_keys = _keys(self.latest, self._segments) if self._keys is None else self._keys
         keys = _keys(selection, segments)
-        order = np.argsort(self._keys, kind="stable")
-        place = np.minimum(np.searchsorted(self._keys[order], keys), max(before - 1, 0))
+        order = np.argsort(known_keys, kind="stable")
+        place = np.minimum(np.searchsorted(known_keys[order], keys), max(before - 1, 0))
         numbers = order[place] if before else np.zeros(len(keys), np.int64)
-        known = self._keys[numbers] == keys if before else np.zeros(len(keys), bool)
-        was_there = np.flatnonzero(self._rows >= 0)
+        known = known_keys[numbers] == keys if before else np.zeros(len(keys), bool)
+        was_there = self.present
         rows = np.full(before, -1, np.int64)
         rows[numbers[known]] = selection.rows[known]
-        self._keys = np.concatenate([self._keys, keys[~known]])
-        self._rows = np.concatenate([rows, selection.rows[~known]])
-        self._selection = selection
-        return Change(np.arange(before, len(self._keys)), was_there[rows[was_there] < 0], extended=False)
+        unchanged = before <= len(keys) and np.array_equal(numbers[:before], np.arange(before)) and known[:before].all()
+        self._keys = None if unchanged else np.concatenate([known_keys, keys[~known]])
+        self._rows = None if unchanged else np.concatenate([rows, selection.rows[~known]])
+        self.latest, self._segments = selection, segments
+        return Change(np.arange(before, len(self)), was_there[rows[was_there] < 0], extended=False)
 
 
 class Following:
@@ -105,7 +136,7 @@ class Following:
         self._refresh_s = refresh_s
         self._gatherer = gatherer
         self._planner = planner
-        self._roster = Roster(gatherer.selection, gatherer.segments)
+        self.roster = Roster(gatherer.selection, gatherer.segments)
         self._refreshed_at = time.monotonic()
 
     def refresh(self) -> None:
@@ -114,30 +145,30 @@ class Following:
         selection = self._latest(others)
         if others:
             self._refreshed_at = time.monotonic()
-        before = self._gatherer.selection.table
-        if selection.table is before or (
-            selection.extends(self._roster.whole) and len(selection) == len(self._roster.whole)
-        ):
+        before = self.roster.latest
+        if selection.table is before.table or (selection.extends(before) and len(selection) == len(before)):
             return
         segments = self._gatherer.number_segments(selection.table)
-        change = self._roster.update(selection, segments)
+        change = self.roster.update(selection, segments)
         spec = self._gatherer.spec
-        fresh = Selection(selection.table, self._roster.selection.rows[change.added])
-        terminated = fresh.terminated if spec.n_step is not None and len(fresh) else None
-        added = spec.anchor_counts(fresh.lengths, terminated)
         if isinstance(self._planner, PriorityPlanner):
-            self._gatherer.follow(self._roster.selection, None, extended=change.extended)
-            self._planner.grow(added, change.gone)
-        elif change.extended and self._planner.numbers is None:
+            self._gatherer.follow(self.roster.by_number, None, extended=change.extended)
+            self._planner.grow(self._anchors_of(change.added), change.gone)
+        elif change.extended:
             self._gatherer.follow(selection, None, extended=True)
-            self._planner.grow(added)
+            self._planner.grow(self._anchors_of(change.added))
         else:
-            numbers = self._roster.present
-            present = Selection(selection.table, self._roster.selection.rows[numbers])
-            self._gatherer.follow(present, numbers, extended=False)
-            self._planner.replace(
-                spec.anchors(present.lengths, present.terminated if spec.n_step is not None else None), numbers
-            )
+            numbers = self.roster.present
+            there = Selection(selection.table, self.roster.rows(numbers))
+            terminated = there.terminated if spec.n_step is not None else None
+            self._gatherer.follow(there, numbers, extended=False)
+            self._planner.replace(spec.anchors(there.lengths, terminated))
+
+    def _anchors_of(self, numbers: Array) -> Array:
+        """How many each trajectory has."""
+        spec = self._gatherer.spec
+        fresh = Selection(self.roster.latest.table, self.roster.rows(numbers))
+        return spec.anchor_counts(fresh.lengths, fresh.terminated if spec.n_step is not None and len(fresh) else None)
 
 
 def _keys(selection: Selection, segments: Array) -> Array:

@@ -194,7 +194,8 @@ class Gatherer:
         fresh = Selection(selection.table, selection.rows[before:]) if extended else selection
         if not len(fresh):
             return
-        self._check_places(fresh.rows)
+        if not extended:  # what this handle appended itself lies where it says
+            self._check_places(fresh.rows)
         for output in self._fields:
             values = self._trajectory_values(str(output.source), fresh)
             kept = self._per_trajectory[output.name]

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import os
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -162,18 +163,27 @@ class Loader(IterableDataset[Batch]):
         sampler.update(index, priorities)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is: to be loaded into a loader of the same view, window and order."""
+        """Where the loader is: to be loaded into a loader of the same view, window and order.
+
+        Numbers, strings and NumPy arrays. With ``follow=True`` it says which trajectory each number in ``trajectory`` means;
+        with priorities it holds them.
+        """
         state: dict[str, Any] = {
             "format": _STATE_FORMAT,
             "batches": self._received,
             "fingerprint": self._pipeline.fingerprint(),
         }
+        trajectories = self._pipeline.trajectories()
+        if trajectories is not None:
+            state["trajectories"] = trajectories
         if self._pipeline.sampler is not None:
             state["priorities"] = self._pipeline.sampler.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader was. The number of ranks may differ.
+        """Go on where another loader was. The number of ranks may differ, but for priorities.
+
+        A loader that follows goes on with the view as it is now, and warns if it has changed.
 
         Raises:
             SelectionError: It was a loader of another view, window or order.
@@ -183,13 +193,19 @@ class Loader(IterableDataset[Batch]):
             raise SelectionError(f"a loader's state of format {state.get('format')!r}, expected {_STATE_FORMAT}")
         parts = ("view", "window", "order")
         for part, theirs, ours in zip(parts, state["fingerprint"], self._pipeline.fingerprint(), strict=True):
-            if theirs != ours:
+            if theirs != ours and part == "view" and self._options.follow:
+                warnings.warn(
+                    f"the view has changed since this state was saved: it had {theirs[0][0]} trajectories, and now has "
+                    f"{ours[0][0]}; sampling goes on with these",
+                    stacklevel=2,
+                )
+            elif theirs != ours:
                 raise SelectionError(
                     f"this state is of a loader of another {part}: it was saved with {theirs}, this loader has {ours}"
                 )
-        if self._pipeline.sampler is not None:
-            self._pipeline.sampler.load_state_dict(state["priorities"])
         self._restart()
+        if self._pipeline.sampler is not None:
+            self._pipeline.resume_priorities(state["priorities"], state.get("trajectories"))
         self._received = int(state["batches"])
         count = self._pipeline.batches_per_pass
         self._ended = count is not None and self._received > 0 and self._received % count == 0

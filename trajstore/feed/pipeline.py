@@ -9,8 +9,9 @@ from __future__ import annotations
 import collections
 import operator
 import threading
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +38,8 @@ from trajstore.stored import Array
 # Small batches are planned, gathered and moved together: up to so many, of so many bytes.
 _BATCHES_TOGETHER = 16
 _LOT_BYTES = 1 << 20
-_BLOCKS_IN_CACHE = 64
+# Blocks that a block shuffle mixes.
+_BLOCKS_TOGETHER = 16
 
 
 @dataclass(eq=False)
@@ -139,8 +141,21 @@ class Pipeline:
 
     def fingerprint(self) -> list[Any]:
         """What a state must agree with to be resumed."""
-        views = [_fingerprint(supply.selection) for supply in self.supplies]
+        latest = [following.roster.latest for following in self._following]
+        views = [_fingerprint(selection) for selection in latest or [supply.selection for supply in self.supplies]]
         return [views, self.spec.fingerprint(), [*self.options.order_fingerprint(), self._sizes]]
+
+    def trajectories(self) -> dict[str, Any] | None:
+        """Which trajectories the numbers in batches mean, of a loader that follows."""
+        return self._following[0].roster.state() if self._following else None
+
+    def resume_priorities(self, state: Mapping[str, Any], trajectories: Mapping[str, Any] | None) -> None:
+        """Go on with the priorities of another loader, of an earlier version if it followed."""
+        assert self.sampler is not None
+        if trajectories is not None and self._following:
+            self.sampler.adopt(state, self._following[0].roster.places(trajectories))
+        else:
+            self.sampler.load_state_dict(state)
 
     def close(self) -> None:
         """Let go of the caches' arenas. May be called twice."""
@@ -246,26 +261,31 @@ def _order(
         return RandomOrder(len(anchors), batch_size=size, seed=seed)
     if options.order == "sequential":
         return SequentialOrder(len(anchors), batch_size=size, epochs=options.epochs, drop_last=options.drop_last)
-    block, together = _blocks(supply, options, gatherer)
     return ShuffleOrder(
         len(anchors),
         batch_size=size,
         seed=seed,
         epochs=options.epochs,
         drop_last=options.drop_last,
-        block=block,
-        blocks_together=together,
+        block=_blocks(supply, options, gatherer),
+        blocks_together=_BLOCKS_TOGETHER,
     )
 
 
-def _blocks(supply: Supply, options: LoaderOptions, gatherer: Gatherer) -> tuple[int | None, int]:
-    """Anchors per block, and how many blocks are shuffled together: as many as half of the cache holds."""
+def _blocks(supply: Supply, options: LoaderOptions, gatherer: Gatherer) -> int | None:
+    """Anchors per block; None to shuffle all anchors. It must not depend on the cache, or the batches would."""
     row_bytes = max(gatherer.row_bytes, 1)
-    exceeds = row_bytes * int(supply.selection.lengths.sum()) > supply.cache.nbytes
-    if options.block_bytes is None and not exceeds:
-        return None, 1
-    block_bytes = options.block_bytes or max(supply.cache.nbytes // _BLOCKS_IN_CACHE, row_bytes)
-    return max(1, block_bytes // row_bytes), max(1, supply.cache.nbytes // (2 * block_bytes))
+    if options.block_bytes is not None:
+        return max(1, options.block_bytes // row_bytes)
+    nbytes = row_bytes * int(supply.selection.lengths.sum())
+    if nbytes > supply.cache.nbytes:
+        block_bytes = max(supply.cache.nbytes // (2 * _BLOCKS_TOGETHER), 1)
+        warnings.warn(
+            f"the view holds {nbytes} bytes and the cache {supply.cache.nbytes}, so shuffling all of it reads pages again "
+            f"and again; pass block_bytes={block_bytes} to shuffle it in blocks, or more cache_bytes",
+            stacklevel=2,
+        )
+    return None
 
 
 def _latest(supply: Supply) -> Callable[[bool], Selection]:

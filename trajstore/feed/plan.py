@@ -133,7 +133,6 @@ class FollowPlanner(Planner):
     ) -> None:
         super().__init__(spec, anchors, seed=seed, share=share, stream=stream)
         self._order = GrowingOrder(len(anchors), batch_size=batch_size, seed=seed + (stream << 32))
-        self.numbers: Array | None = None  # of the trajectories that are there, if some are gone
 
     @property
     def batches_per_pass(self) -> None:
@@ -149,9 +148,9 @@ class FollowPlanner(Planner):
         self.anchors = self.anchors.extended(counts)
         self._order.count = len(self.anchors)
 
-    def replace(self, anchors: AnchorIndex, numbers: Array) -> None:
+    def replace(self, anchors: AnchorIndex) -> None:
         """Another view."""
-        self.anchors, self.numbers = anchors, numbers
+        self.anchors = anchors
         self._order.count = len(anchors)
 
 

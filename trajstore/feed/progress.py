@@ -66,5 +66,6 @@ class LoaderProgress:
 
     def _update(self) -> None:
         elapsed = max(time.perf_counter() - self._begun, 1e-9)
-        rate = f"{(self._done - self._first) / elapsed:,.3g}"
-        self._progress.update(self._task, completed=self._done, rate=f"{rate}/s")
+        rate = (self._done - self._first) / elapsed
+        shown = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+        self._progress.update(self._task, completed=self._done, rate=shown)

@@ -22,10 +22,12 @@ class Selection:
     Attributes:
         table: All trajectories of a version.
         rows: ``(n,)`` int64: the chosen ones, as rows of the table.
+        whole: Whether these are all rows of the table, in its order.
     """
 
     table: TrajectoryTable
     rows: Array
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -69,11 +71,7 @@ class Selection:
         growth = self.table.growth
         if growth is None or other.table.growth is not growth or len(self) < len(other):
             return False
-        return len(self) == len(self.table) and len(other) == len(other.table) and self._in_order and other._in_order
-
-    @property
-    def _in_order(self) -> bool:
-        return self.rows.base is not None and self.rows.base is self.table.all_rows.base
+        return self.whole and other.whole
 
     def lacking(self, column: Column) -> int:
         """How many trajectories lack a column."""

@@ -291,6 +291,40 @@ class PrioritySampler:
             self._max_priority = float(state["max_priority"])
             self._ignored = int(state["ignored_updates"])
 
+    def adopt(self, state: Mapping[str, Any], places: Values) -> None:
+        """Take over priorities from the state of a sampler of other trajectories; what it did not know is new here.
+
+        Args:
+            state: Of a sampler of one rank.
+            places: ``(n,)``: numbers here of that sampler's trajectories, in its order; -1 for what is not here.
+
+        Raises:
+            SelectionError: Several ranks, another alpha or eps, or trajectories of other lengths; nothing was changed.
+        """
+        for name, mine in self._identity().items():
+            if state[name] != mine or (name == "world_size" and mine != 1):
+                raise SelectionError(
+                    f"the state has {name}={state[name]}, this sampler {mine}; priorities of a view that has changed since "
+                    "are taken over by one rank of the same arguments only"
+                )
+        places = _integers("places", places)
+        starts = np.asarray(state["starts"], np.int64)
+        counts, here = np.diff(starts), places >= 0
+        with self._lock:
+            mine_starts = self._starts[: self._trajectories + 1]
+            if not np.array_equal(np.diff(mine_starts)[places[here]], counts[here]):
+                raise SelectionError("the state's trajectories have other lengths than those of this view")
+            sizes = counts[here]
+            within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            masses = np.asarray(state["masses"], np.float64)[np.repeat(starts[:-1][here], sizes) + within]
+            self._max_priority = max(self._max_priority, float(state["max_priority"]))
+            self._tree.set(
+                np.arange(len(self._tree)), np.full(len(self._tree), self._masses(np.array([self._max_priority]))[0])
+            )
+            self._tree.set(np.repeat(mine_starts[places[here]], sizes) + within, masses)
+            self._beta = float(state["beta"])
+            self._ignored = int(state["ignored_updates"])
+
     def _identity(self) -> dict[str, Any]:
         return {"alpha": self._alpha, "eps": self._eps, "rank": self._rank, "world_size": self._world_size}
 

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -134,6 +135,7 @@ class WindowSpec:
         ]
         return [rows, self.pad, None if self.n_step is None else [self.n_step.steps, self.n_step.gamma]]
 
+    @cached_property
     def bounds(self) -> tuple[int, int]:
         """``first, after``: the anchors of a trajectory are the steps from ``first`` to before ``length - after``."""
         if self.pad != "none":
@@ -156,7 +158,7 @@ class WindowSpec:
             SelectionError: There is none.
         """
         counts = self.anchor_counts(lengths, terminated)
-        first, after = self.bounds()
+        first, after = self.bounds
         if not counts.any():
             longest = int(lengths.max()) if len(lengths) else 0
             needed = (
@@ -170,7 +172,7 @@ class WindowSpec:
 
     def anchor_counts(self, lengths: Array, terminated: Array | None = None) -> Array:
         """``(n,)`` int64: how many anchors each trajectory has; arguments as for ``anchors``."""
-        first, after = self.bounds()
+        first, after = self.bounds
         last = lengths - after
         if (
             self.n_step is not None
