@@ -53,7 +53,7 @@ def url(tmp_path_factory):
 
 def test_help_names_every_command_and_each_explains_itself(run):
     text = run("--help")
-    for name in ("info", "ls", "head", "record", "demo"):
+    for name in ("info", "ls", "head", "sample", "record", "demo"):
         assert re.search(rf"\b{name}\b", text)
         assert "--help" in run(name, "--help")
     assert run("--version").strip() == f"trajstore {trajstore.__version__}"
@@ -89,6 +89,53 @@ def test_head(run, url):
     ]
 
 
+def test_sample_describes_a_batch_its_speed_and_the_cache(run, url):
+    text = run("sample", url, "--window", "4", "--batch", "32", "--seconds", "0.5")
+    assert "30 trajectories, 465 steps, version 1" in text
+    assert re.search(r"obs/image .* uint8 .* \[32, 4, 32, 32, 3\]", text)
+    assert re.search(r"action .* int64 .* \[32, 4\]", text)
+    for words in ("while pages were read", "from the page cache", "windows/s", "steps/s", "B/s", "first batch after"):
+        assert words in text
+    assert re.search(r"page cache: \d+\.\d\d% of [\d,]+ rows were there; [\d,]+ pages read", text)
+
+
+def test_sample_as_json_counts_what_it_took(run, url):
+    arguments = ("--window", "4", "-b", "32", "--batches", "20", "-c", "obs/state", "-c", "reward")
+    document = json.loads(run("sample", url, "--json", *arguments, "--where", "length > 10", "--cache-bytes", "16MiB"))
+    assert document["trajectories"] == 20
+    assert document["batch"] == {
+        "obs/state": {"dtype": "float64", "shape": [32, 4, 3]},
+        "reward": {"dtype": "float64", "shape": [32, 4]},
+    }
+    parts = [document["cold"], document["hot"]]
+    assert document["batch_bytes"] == 32 * 4 * (3 + 1) * 8
+    assert sum(part["batches"] for part in parts) == 20
+    assert sum(part["windows"] for part in parts) == 20 * 32
+    for part in parts:
+        assert part["steps_per_s"] == 4 * part["windows_per_s"]
+        assert part["bytes_per_s"] == pytest.approx(part["windows_per_s"] * document["batch_bytes"] / 32)
+    assert document["cache"]["capacity_bytes"] <= 16 << 20
+    assert document["cache"]["pages_read"] > 0
+    assert 0 < document["first_batch_s"] <= document["cold"]["seconds"]
+
+
+@pytest.mark.parametrize("order", ["random", "shuffle", "sequential", "prioritized"])
+def test_sample_in_every_order(run, url, order):
+    arguments = ("--order", order, "--batches", "40", "-b", "16", "--prefetch", "0", "--pad", "zero", "--window", "3")
+    document = json.loads(run("sample", url, "--json", *arguments))
+    windows = document["cold"]["windows"] + document["hot"]["windows"]
+    whole = 40 * 16 if order in ("random", "prioritized") else 465 + 40 % 30 * 16  # 30 batches in a pass
+    assert windows == whole
+    assert "is_pad" in document["batch"]
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("1000", 1000), ("500MB", 500_000_000), ("8 GiB", 8 << 30), ("1.5k", 1500), ("2Kib", 2048)]
+)
+def test_bytes_as_people_write_them(text, nbytes):
+    assert cli._nbytes(text) == nbytes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -99,6 +146,12 @@ def test_head(run, url):
         (["info", "{url}", "--version", "7"], "has no version 7; the latest is 1"),
         (["info", "s3:/bad/../url"], "error: no trajstore at"),
         (["info", "nope://x"], "Protocol not known"),
+        (["sample", "{url}", "--window", "99"], "no trajectory has 99 steps"),
+        (["sample", "{url}", "--order", "best"], "order='best', expected one of 'random'"),
+        (["sample", "{url}", "-c", "nothing"], "no column 'nothing'"),
+        (["sample", "{url}", "--cache-bytes", "1kB"], "pass cache_bytes >= "),
+        (["sample", "{url}", "--device", "cuda:99"], "CUDA devices here"),
+        (["sample", "{url}", "--device", "quantum"], "device='quantum'"),
         (["record", "CartPole-v7", "--out", "memory://cli"], "CartPole"),
     ],
 )
@@ -110,6 +163,7 @@ def test_errors_are_one_sentence(run, url, arguments, message):
 
 def test_wrong_usage_is_shown(run):
     assert "KEY=VALUE" in run("info", "x", "--storage-option", "nonsense", code=2)
+    assert "is not a number of bytes" in run("sample", "x", "--cache-bytes", "much", code=2)
     assert "Invalid value" in run("record", "CartPole-v1", "--out", "x", "--episodes", "0", code=2)
 
 

@@ -44,9 +44,12 @@ def test_demo_records_learns_and_reports(tmp_path: Any, console: Console) -> Non
         "loss ",
         f"{np.mean(result.losses[-tenth // 2 :]):.1f}",
         "obs",
+        "cache hits",
+        "windows/s",
     ):
         assert expected in text
-    assert f"trajstore info {url}/cartpole" in text
+    for command in ("info", "sample"):
+        assert f"trajstore {command} {url}/cartpole" in text
 
     with trajstore.open(result.stores[0]) as store:
         frame = store.trajectories.to_pandas()

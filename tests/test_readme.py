@@ -9,12 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+# The blocks of a section run one after the other.
+SECTIONS = {part.splitlines()[0]: BLOCK.findall(part) for part in README.split("\n## ")[1:] if BLOCK.search(part)}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_examples_run(block, tmp_path):
-    subprocess.run([sys.executable, "-W", "error", "-c", block], cwd=tmp_path, check=True, timeout=120)
+@pytest.mark.parametrize("section", SECTIONS)
+def test_examples_run(section, tmp_path):
+    code = "\n".join(SECTIONS[section])
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
 def test_every_command_is_one_that_the_command_line_has():

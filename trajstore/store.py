@@ -46,6 +46,7 @@ from trajstore.write.writer import Writer
 
 Mode = Literal["r", "a", "x"]
 DEFAULT_CACHE_DIR_BYTES = 64 << 30
+_JOIN_S = 5.0  # closing waits no longer for a reader whose storage hangs
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ def open(
     filesystem = connect(url, storage_options=storage_options, single_writer=single_writer)
     declared = schema if isinstance(schema, Schema) else Schema(tuple(schema or ()))
     cache = CacheOptions(cache_bytes, None if cache_dir is None else os.fspath(cache_dir), cache_dir_bytes)
-    reopen = functools.partial(_reopened, os.fspath(url), storage_options, cache)
+    reopen = None
+    if not filesystem.url.startswith("memory://"):
+        reopen = functools.partial(_reopened, filesystem.url, storage_options, cache)
     return open_on(filesystem, mode, declared=declared, version=version, options=options, cache=cache, reopen=reopen)
 
 
@@ -150,9 +153,7 @@ def open_on(
     reading = cache or CacheOptions()
     kept = None if reading.folder is None else DiskCache(reading.folder, max_bytes=reading.folder_bytes)
     workers = Workers(os.cpu_count() or 1, name="trajstore-codec")
-    access = StoreAccess(
-        filesystem, workers, cache_bytes=reading.nbytes, disk_cache=kept, reopen=reopen or _not_reopened
-    )
+    access = StoreAccess(filesystem, workers, cache_bytes=reading.nbytes, disk_cache=kept, reopen=reopen)
     return Store(
         filesystem, history, head, store_uuid, mode, declared or Schema(), options or WriteOptions(), workers, access
     )
@@ -171,12 +172,6 @@ def _reopened(
         cache_dir_bytes=cache.folder_bytes,
     )
     return store.trajectories.take(rows)
-
-
-def _not_reopened(version: int, _rows: Array) -> View:
-    raise StoreNotFoundError(
-        f"version {version} of this store cannot be opened in another process: it was not opened by trajstore.open(url)"
-    )
 
 
 def _open_existing(filesystem: Filesystem, history: History, version: int | None) -> tuple[str, Version]:
@@ -427,7 +422,7 @@ class Store:
                 self._head = self._writer.head
         finally:
             self._access.close()
-            self._workers.close()
+            self._workers.close(_JOIN_S)
             self._filesystem.close()
 
     def __enter__(self) -> Store:

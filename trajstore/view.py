@@ -112,7 +112,7 @@ class View(Sequence["Trajectory"]):
                 "a view of trajectories that are not yet committed cannot go to another process: flush() the store and take "
                 "the view again"
             )
-        return self._access.reopen, (self.version, self._rows)
+        return self._access.reopening(), (self.version, self._rows)
 
     def __repr__(self) -> str:
         return f"View(trajectories={len(self)}, steps={self.num_steps}, version={self.version})"
@@ -279,6 +279,7 @@ class View(Sequence["Trajectory"]):
         Returns:
             Nested mapping of tensors ``[n, ...]``.
         """
+        self._access.check_open()
         key = None
         if seed is None and isinstance(anchors, str | None) and isinstance(weights, str | None):
             names = None if columns is None else tuple(columns)
@@ -431,6 +432,7 @@ class View(Sequence["Trajectory"]):
 
     def supply(self, options: LoaderOptions) -> Supply:
         """What the windows of this view are gathered with; for loaders."""
+        self._access.check_open()
         private = options.cache_bytes is not None or options.cache_device is not None
         cache = self._access.cache
         selection = self._selection
@@ -453,7 +455,6 @@ class View(Sequence["Trajectory"]):
             selection,
             cache,
             self._access.readers,
-            self._access.variable,
             self.read,
             latest if follows is not None else None,
         )

@@ -28,6 +28,9 @@ from tests.support.recordings import (
 from tests.support.reference import VIRTUAL, Recorded, Recording, reference_anchors, reference_batch
 from trajstore import Column, Schema
 
+# Small caches are the point here.
+pytestmark = pytest.mark.filterwarnings("ignore:the view holds")
+
 QUICK = settings(
     deadline=None,
     derandomize=True,

@@ -146,6 +146,7 @@ def test_every_batch_is_right_while_a_thread_appends(store, recording, prefetch)
     assert len(seen) > 100
 
 
+@pytest.mark.filterwarnings("ignore:the view holds")
 @pytest.mark.parametrize("pages", [1, 4])
 def test_two_loaders_share_a_small_cache(recording, pages):
     """Each needs pages that the other would have to let go: nothing hangs, and nothing is overwritten while it is read."""

@@ -25,6 +25,9 @@ from tests.support.recordings import (
 from tests.support.reference import Anchor, reference_anchors
 from trajstore import Column
 
+# Small caches are the point here.
+pytestmark = pytest.mark.filterwarnings("ignore:the view holds")
+
 QUICK = settings(
     deadline=None,
     derandomize=True,

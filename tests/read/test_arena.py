@@ -1,4 +1,4 @@
-"""How a cache is divided among groups of columns, and where rows lie in pages."""
+"""Where rows lie in pages, and which of them may go."""
 
 from __future__ import annotations
 
@@ -7,63 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trajstore.read.arena import Geometry, Need, PageGroup, divide
+from trajstore.read.arena import Geometry, Need, PageGroup
 from trajstore.schema import Column
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=200, suppress_health_check=list(HealthCheck))
-
-# Bytes per row, rows that a window needs, rows of the largest extent.
-NEEDS = st.lists(
-    st.tuples(st.integers(1, 5000), st.integers(1, 300), st.integers(0, 8).map(lambda power: 1 << power)),
-    min_size=1,
-    max_size=6,
-)
-
-
-def least_rows(needs):
-    """What a window needs, in whole extents."""
-    return [next(m for m in range(largest, rows + largest, largest) if m >= rows) for _, rows, largest in needs]
-
-
-def nbytes_of(needs, rows):
-    return sum(row_bytes * count for (row_bytes, _, _), count in zip(needs, rows, strict=True))
-
-
-@given(needs=NEEDS, share=st.floats(0, 20))
-@QUICK
-def test_a_division_is_within_the_bound_and_enough_for_a_window(needs, share):
-    least = least_rows(needs)
-    nbytes = int(nbytes_of(needs, least) * share)
-    rows = divide(nbytes, needs)
-    if nbytes < nbytes_of(needs, least):
-        assert rows is None
-        return
-    assert rows is not None
-    assert nbytes_of(needs, rows) <= nbytes
-    for count, minimum, (_, _, largest) in zip(rows, least, needs, strict=True):
-        assert count >= minimum
-        assert count % largest == 0
-
-
-@given(needs=NEEDS, share=st.floats(1, 20))
-@QUICK
-def test_all_groups_hold_equally_many_rows_but_for_whole_extents_and_what_a_window_needs(needs, share):
-    least = least_rows(needs)
-    nbytes = int(nbytes_of(needs, least) * share) + 1
-    rows = divide(nbytes, needs)
-    assert rows is not None
-    above = [i for i in range(len(needs)) if rows[i] > least[i]]
-    for i in above:
-        for j in range(len(needs)):
-            assert rows[j] > rows[i] - needs[j][2], "a group has fewer although another has more than it needs"
-    # What is left over would not give every group that shares it another whole extent.
-    assert nbytes - nbytes_of(needs, rows) <= sum(needs[i][0] * needs[i][2] for i in range(len(needs)))
-
-
-def test_exactly_what_one_window_needs_is_enough_and_a_byte_less_is_not():
-    needs = [(100, 33, 16), (1, 64, 64)]
-    assert divide(100 * 48 + 64, needs) == [48, 64]
-    assert divide(100 * 48 + 63, needs) is None
 
 
 @given(power=st.integers(0, 12), pages=st.integers(2, 40), data=st.data())
@@ -86,8 +33,8 @@ def test_every_row_of_a_single_page_is_in_it(rows, data):
 
 def test_needs_are_joined_to_what_serves_both():
     a, b, c = (Column(path=path, dtype="int64") for path in "abc")
-    assert Need((a, b), 2).joined(None) == Need((a, b), 2)
-    assert Need((a, b), 2).joined(Need((b, c), 5)) == Need((b, c, a), 5)
+    assert Need((a, b), 2, 7).joined(None) == Need((a, b), 2, 7)
+    assert Need((a, b), 2, 7).joined(Need((b, c), 5, 3)) == Need((b, c, a), 5, 7)
 
 
 def group_of_segments(last_rows):

@@ -7,7 +7,7 @@ are assembled together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +74,23 @@ class Assembler:
         """Bytes of one window of a batch."""
         return sum(value.window_bytes for value in (*self._device_values, *self._host_values))
 
-    def assemble(self, parts: Sequence[Windows], sizes: Sequence[int], extra: Mapping[str, Array] | None = None) -> Lot:
+    def assemble(
+        self,
+        parts: Sequence[Windows],
+        sizes: Sequence[int],
+        extra: Mapping[str, Array] | None = None,
+        *,
+        warmed: bool = False,
+        on_resident: Callable[[], None] | None = None,
+    ) -> Lot:
         """Batches of the given sizes.
 
         Args:
             parts: For each gatherer, its windows; with several gatherers, those of one batch.
             sizes: Windows of each batch.
             extra: Name -> ``(windows,)`` further values.
+            warmed: Whether their pages have been asked for before.
+            on_resident: See ``Gatherer.gather``.
         """
         with self._copier.stream() if self._copier is not None else contextlib.nullcontext():
             host, resident = self._blocks_of(sum(sizes))
@@ -92,7 +102,10 @@ class Assembler:
             first = 0
             for gatherer, windows in zip(self.gatherers, parts, strict=True):
                 if len(windows):
-                    objects.append(gatherer.gather(windows, target, Target(host, buffer.tensor), first))
+                    computed = Target(host, buffer.tensor)
+                    objects.append(
+                        gatherer.gather(windows, target, computed, first, warmed=warmed, on_resident=on_resident)
+                    )
                 first += len(windows)
             for name, values in (extra or {}).items():
                 host.array(buffer.data, name).reshape(-1).view(values.dtype)[...] = values

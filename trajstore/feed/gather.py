@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from trajstore.errors import CorruptionError, SelectionError
 from trajstore.feed.layout import Block, Value, torch_dtype
 from trajstore.read.arena import Need, PageGroup, group_name
 from trajstore.read.cache import Demand, DoesNotFitError, PageCache, Reservation
+from trajstore.read.extents import extent_rows
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.selection import Selection
 from trajstore.read.table import TrajectoryTable
-from trajstore.read.variable import VariablePages
 from trajstore.sample.window import Future, Output, WindowSpec
 from trajstore.schema import Column
 from trajstore.stored import Array, ragged_values, to_user
@@ -91,7 +91,6 @@ class Gatherer:
         spec: What a window holds.
         cache: Where pages are kept.
         readers: Page indexes, for columns of variable size.
-        variable: Pages of these.
         source: Position of the view in a mix.
     """
 
@@ -101,7 +100,6 @@ class Gatherer:
         spec: WindowSpec,
         cache: PageCache,
         readers: SegmentReaders,
-        variable: VariablePages,
         *,
         source: int = 0,
     ) -> None:
@@ -110,7 +108,6 @@ class Gatherer:
         self.spec = spec
         self._cache = cache
         self._readers = readers
-        self._variable = variable
         self._stored = [o for o in spec.outputs if isinstance(o.source, Column) and not o.source.is_variable]
         self._texts = [o for o in spec.outputs if isinstance(o.source, Column) and o.source.is_variable]
         self._fields = [o for o in spec.outputs if isinstance(o.source, str)]
@@ -119,6 +116,8 @@ class Gatherer:
         self.segments = cache.number_segments(table.segments)  # (segments,) int64, the cache's numbers
         self._check_places(selection.rows)
         self._numbers: Array | None = None  # of trajectories, where these are not their positions
+        if self._texts:
+            cache.variable_pages()  # they take their part before the rest is divided
         self._reservation = self._reserve()
         weakref.finalize(self, self._reservation.release).atexit = False  # of what nobody closed
         self._terminated = selection.terminated if spec.n_step is not None else None
@@ -144,14 +143,35 @@ class Gatherer:
         """Where rows are gathered."""
         return self._cache.device
 
-    def gather(self, windows: Windows, stored: Target, computed: Target, first: int) -> dict[str, Any]:
+    def warm(self, windows: Windows) -> bool:
+        """Have the pages of windows read, as far as they fit; they are gathered soon. Whether they were counted."""
+        lookups = self._lookups(self._rows(windows), self.selection.rows[windows.trajectories])
+        try:
+            if lookups:
+                self._cache.acquire([Demand(k.group, k.segments, k.pages) for k in lookups]).release()
+        except DoesNotFitError:
+            return False  # they are read when they are gathered, in parts
+        return True
+
+    def gather(
+        self,
+        windows: Windows,
+        stored: Target,
+        computed: Target,
+        first: int,
+        *,
+        warmed: bool = False,
+        on_resident: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
         """Fill windows ``first`` to ``first + len(windows)`` of a batch.
 
         Args:
             windows: Which.
+            warmed: Whether ``warm`` has counted their look-ups.
             stored: For ``stored_values``, on ``device``.
             computed: For ``computed_values``, in main memory.
             first: Where they begin.
+            on_resident: Called when the pages of all windows are there, and stay until they are copied.
 
         Returns:
             What is no tensor: object arrays, and pairs of values and offsets for ragged columns.
@@ -161,7 +181,7 @@ class Gatherer:
         self._compute(windows, rows, computed, first)
         lookups = self._lookups(rows, table_rows)
         if lookups:
-            self._copy(lookups, stored, first, 0, len(windows))
+            self._copy(lookups, stored, first, 0, len(windows), counted=warmed, on_resident=on_resident)
         if self.spec.pad == "zero":
             for output in self._stored:
                 outside = rows[_key(output)].outside
@@ -260,19 +280,31 @@ class Gatherer:
 
     # Copying
 
-    def _copy(self, lookups: Sequence[_Lookup], target: Target, first: int, lo: int, hi: int) -> None:
+    def _copy(
+        self,
+        lookups: Sequence[_Lookup],
+        target: Target,
+        first: int,
+        lo: int,
+        hi: int,
+        *,
+        counted: bool = False,
+        on_resident: Callable[[], None] | None = None,
+    ) -> None:
         """Copy windows ``[lo, hi)``, in halves if their pages do not fit into the cache at once."""
         demands = [Demand(k.group, k.segments[lo:hi], k.pages[lo:hi]) for k in lookups]
         try:
-            lease = self._cache.acquire(demands)
+            lease = self._cache.acquire(demands, counted=counted)
         except DoesNotFitError:
             if hi - lo > 1:
                 middle = (lo + hi) // 2
-                self._copy(lookups, target, first, lo, middle)
-                self._copy(lookups, target, first, middle, hi)
+                self._copy(lookups, target, first, lo, middle, counted=True)
+                self._copy(lookups, target, first, middle, hi, counted=True)
                 return
-            lease = self._cache.acquire(demands, alone=True)
+            lease = self._cache.acquire(demands, alone=True, counted=True)
         with lease:
+            if on_resident is not None:
+                on_resident()
             for lookup, begins in zip(lookups, lease.starts, strict=True):
                 begins += lookup.inside[lo:hi]
                 index = torch.from_numpy(begins.reshape(-1)).to(self.device)
@@ -423,7 +455,7 @@ class Gatherer:
             wanted[reader] = absolute.reshape(-1)[mine]
             places[mine] = np.arange(before, before + len(mine))
             before += len(mine)
-        taken = self._variable.take(column, wanted, places, absent=absent.reshape(-1))
+        taken = self._cache.variable_pages().take(column, wanted, places, absent=absent.reshape(-1))
         if column.ragged:
             offsets = taken.offsets.to_numpy().astype(np.int64)
             values = ragged_values(column, taken)
@@ -460,9 +492,15 @@ class Gatherer:
         needs = {}
         for name, count in pages.items():
             columns = tuple(c for c in schema if not c.is_variable and group_name(c) == name)
-            needs[name] = Need(columns, count)
+            needs[name] = Need(columns, count, self._rows_in_extents(columns[0].extra, self._page_rows(name)))
         segments = self.segments[self.selection.segments]
         return self._cache.reserve(needs, segments, schema)
+
+    def _rows_in_extents(self, extra: int, page_rows: int) -> int:
+        """Rows that all segments of the selection take in an arena, about."""
+        entries = [self.selection.table.segments[n] for n in self.selection.segments.tolist()]
+        whole = [e.steps + (e.trajectories if extra else 0) for e in entries if e.pages_sha256]  # not what still grows
+        return sum(extent_rows(n) if n < page_rows else -(-n // page_rows) * page_rows for n in whole)
 
     def _page_rows(self, name: str) -> int:
         """Rows of a group's pages in the longest segment."""

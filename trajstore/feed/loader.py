@@ -1,7 +1,7 @@
 """The loader: batches in an order, made ahead of their consumer.
 
 Invariant: its position counts batches that the consumer received, and nothing else; what is ahead in the pipe is made again
-after a resumption. Whatever fails behind it is raised by ``next``.
+after a resumption. Whatever fails behind it is raised by ``next``, and the call after that tries the same batch again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+import threading
 import time
 import warnings
 import weakref
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from trajstore.errors import ClosedError, ForkedError, SelectionError
+from trajstore.errors import ClosedError, ForkedError, SelectionError, StorageTimeoutError
 from trajstore.feed.assemble import Batch, Lot
 from trajstore.feed.cuda import Arrival
 from trajstore.feed.options import LoaderOptions
@@ -30,6 +31,7 @@ from trajstore.read.cache import CacheStats, PageCache
 from trajstore.storage.workers import FORKED
 
 _STATE_FORMAT = 1
+_JOIN_S = 2.0  # closing waits no longer for a thread that hangs
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,24 @@ class LoaderStats:
     cache: CacheStats
 
 
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """Batches that are ready for the consumer."""
+
+    end: int  # number of the batch that comes after them
+    batches: collections.deque[Batch]
+
+
 class Loader(IterableDataset[Batch]):
     """An iterator over batches, and a context manager; made by ``View.loader``, which says what a batch holds.
 
     ``iter(loader)`` goes on where the loader is. After the end of a pass the next ``iter`` begins the next pass, with the
     epochs counted on. Under ``torch.utils.data.DataLoader(loader, batch_size=None, num_workers=n,
-    multiprocessing_context="spawn")`` each worker makes every n-th batch, and the batches are the same.
-    (With ``output="tensordict"`` also pass a ``collate_fn`` that returns its argument.)
+    multiprocessing_context="spawn")`` each worker makes every n-th batch, with a page cache of its own, and the batches are
+    the same. Pass ``persistent_workers=True`` too: workers that are started anew begin with the first epoch again. (With
+    ``output="tensordict"`` also pass a ``collate_fn`` that returns its argument.)
+
+    Several threads may take batches of one loader; each gets other ones.
 
     Args:
         build: Makes the pipeline; called again in another process.
@@ -67,24 +80,41 @@ class Loader(IterableDataset[Batch]):
     def __init__(self, build: Callable[[], Pipeline], options: LoaderOptions) -> None:
         self._build = build
         self._options = options
-        self._open()
+        self._reset()
+        self._make()  # what does not fit is said at once
 
-    def _open(self) -> None:
-        self._pipeline = self._build()
-        self._converted = TensorDictMaker(self._pipeline.spec) if self._options.output == "tensordict" else None
+    def _reset(self) -> None:
+        self._made: Pipeline | None = None
+        self._converted: TensorDictMaker | None = None
         self._bar: LoaderProgress | None = None  # of the pass that goes on
         self._pid = os.getpid()
-        self._received = 0  # batches, over all passes
+        self._taking = threading.Lock()
         self._ended = False  # at the end of a pass, until the next iter()
         self._closed = False
         self._source: Prefetcher | Inline | None = None
-        self._ready: collections.deque[Batch] = collections.deque()
+        self._ahead = _Ahead(0, collections.deque())
         self._arrival: Arrival | None = None
         self._stride = 1  # of batches, when workers of a DataLoader take turns
         self._sharing = False  # whether this worker is within a pass,
         self._shared_from = 0  # and where that began
         self._wait_s = 0.0
         self._finalizer: weakref.finalize[Any, Any] | None = None
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        """In another process it is made when first needed, so that what fails there is raised where it can be caught."""
+        return self._made or self._make()
+
+    def _make(self) -> Pipeline:
+        self._made = pipeline = self._build()
+        if self._options.output == "tensordict":
+            self._converted = TensorDictMaker(pipeline.spec)
+        return pipeline
+
+    @property
+    def _received(self) -> int:
+        """Batches that the consumer has, over all passes."""
+        return self._ahead.end - self._stride * len(self._ahead.batches)
 
     def __len__(self) -> int:
         """Batches of a pass.
@@ -100,9 +130,14 @@ class Loader(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         self._check_usable()
         worker = get_worker_info()
+        if worker is not None and self._options.order == "prioritized":
+            raise SelectionError(
+                "order='prioritized' in a worker of a DataLoader, which would never learn of new priorities; iterate over "
+                "the loader itself, which makes batches ahead in a thread"
+            )
         if worker is not None and not self._sharing:
             self._shared_from = self._received
-            self._received += worker.id
+            self._ahead = _Ahead(self._received + worker.id, collections.deque())
             self._stride = worker.num_workers
             self._sharing = True
         self._ended = False
@@ -111,13 +146,12 @@ class Loader(IterableDataset[Batch]):
         return self._with_progress() if shown else self
 
     def __next__(self) -> Batch:
-        if not self._ready:
+        with self._taking:
             self._check_usable()
-            self._fetch()
-        if self._arrival is not None:
-            self._arrival.receive()
-        batch = self._ready.popleft()
-        self._received += self._stride
+            batches = self._ahead.batches or self._fetch()
+            if self._arrival is not None:
+                self._arrival.receive()
+            batch = batches.popleft()
         return batch if self._converted is None else self._converted(batch)
 
     def __enter__(self) -> Loader:
@@ -131,8 +165,9 @@ class Loader(IterableDataset[Batch]):
         if self._closed or self._pid != os.getpid():
             return
         self._closed = True
-        self._restart()
-        self._pipeline.close()
+        self._restart(_JOIN_S)
+        if self._made is not None:
+            self._made.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -203,10 +238,10 @@ class Loader(IterableDataset[Batch]):
                 raise SelectionError(
                     f"this state is of a loader of another {part}: it was saved with {theirs}, this loader has {ours}"
                 )
-        self._restart()
+        self._restart(_JOIN_S)
         if self._pipeline.sampler is not None:
             self._pipeline.resume_priorities(state["priorities"], state.get("trajectories"))
-        self._received = int(state["batches"])
+        self._ahead = _Ahead(int(state["batches"]), collections.deque())
         count = self._pipeline.batches_per_pass
         self._ended = count is not None and self._received > 0 and self._received % count == 0
 
@@ -215,34 +250,38 @@ class Loader(IterableDataset[Batch]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._build, self._options = state["build"], state["options"]
-        self._open()
-        self._received = state["received"]
+        self._reset()
+        self._ahead = _Ahead(state["received"], collections.deque())
 
-    def _fetch(self) -> None:
-        if self._source is None:
-            if self._ended:
-                raise StopIteration
-            self._start()
-        assert self._source is not None
+    def _fetch(self) -> collections.deque[Batch]:
+        """The next batches, at least one."""
+        if self._source is None and self._ended:
+            raise StopIteration
+        source = self._source or self._start()
         begun = time.perf_counter()
         try:
-            lot = self._source.take(self._options.timeout_s)
-        except TimeoutError:
+            lot = source.take(self._options.timeout_s)
+            if lot is not None:
+                self._arrival = lot.arrival
+                ahead = _Ahead(self._received + self._stride * len(lot.batches), collections.deque(lot.batches))
+                self._ahead = ahead  # at once: Ctrl-C finds the position and the batches in agreement
+                return ahead.batches
+        except StorageTimeoutError:
+            if not source.running:  # the thread's own error, not that of waiting for it
+                self._restart()
             raise
         except BaseException:
-            self._restart()  # the next call tries the same batch again
+            self._restart()
             raise
         finally:
             self._wait_s += time.perf_counter() - begun
-        if lot is None:
-            self._restart()
-            if self._sharing:  # what is left of the pass are the other workers' batches
-                self._received = self._end_of_pass() or 0
-            self._ended = True
-            self._sharing = False
-            raise StopIteration
-        self._arrival = lot.arrival
-        self._ready.extend(lot.batches)
+        self._check_usable()  # closed meanwhile?
+        self._restart()
+        if self._sharing:  # what is left of the pass are the other workers' batches
+            self._ahead = _Ahead(self._end_of_pass() or 0, collections.deque())
+        self._ended = True
+        self._sharing = False
+        raise StopIteration
 
     def _end_of_pass(self) -> int | None:
         """The number of the last batch of this pass, plus one."""
@@ -253,22 +292,28 @@ class Loader(IterableDataset[Batch]):
             return self._received
         return ((self._shared_from if self._sharing else self._received) // count + 1) * count
 
-    def _start(self) -> None:
+    def _start(self) -> Prefetcher | Inline:
         make = _Maker(self._pipeline, self._received, self._stride, self._end_of_pass())
         if not self._options.prefetch:
-            self._source = Inline(make)
-            return
-        self._source = Prefetcher(make, self._options.prefetch)
-        self._finalizer = weakref.finalize(self, self._source.stop, 0.0)
+            source: Prefetcher | Inline = Inline(make)
+        else:
+            source = Prefetcher(make, self._options.prefetch)
+            self._finalizer = weakref.finalize(self, source.stop, 0.0)
+        self._source = source
+        if self._closed:  # by another thread, which found no source to stop
+            self._restart()
+        return source
 
-    def _restart(self) -> None:
+    def _restart(self, join_s: float = 0.0) -> None:
+        """Give up what is ahead of the consumer; a thread that hangs is left to itself."""
         source, self._source = self._source, None
-        self._ready.clear()
-        if self._finalizer is not None:
-            self._finalizer.detach()
-            self._finalizer = None
+        finalizer, self._finalizer = self._finalizer, None
+        # A new one: another thread may be about to take of the old one.
+        self._ahead = _Ahead(self._received, collections.deque())
+        if finalizer is not None:
+            finalizer.detach()
         if source is not None:
-            source.stop()
+            source.stop(join_s)
 
     def _check_usable(self) -> None:
         if self._pid != os.getpid():

@@ -7,11 +7,14 @@ the same priorities).
 from __future__ import annotations
 
 import collections
+import functools
 import operator
 import threading
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,10 +32,10 @@ from trajstore.feed.plan import Drawn, FollowPlanner, OrderPlanner, Planner, Pri
 from trajstore.read.cache import PageCache
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.selection import Selection
-from trajstore.read.variable import VariablePages
 from trajstore.sample.order import Order, RandomOrder, SequentialOrder, ShuffleOrder, WeightedOrder
 from trajstore.sample.priority import PrioritySampler
 from trajstore.sample.window import AnchorIndex, WindowSpec
+from trajstore.storage.workers import Workers
 from trajstore.stored import Array
 
 # Small batches are planned, gathered and moved together: up to so many, of so many bytes.
@@ -50,7 +53,6 @@ class Supply:
         selection: Its trajectories.
         cache: Where pages are kept.
         readers: Page indexes.
-        variable: Pages of strings and lists.
         read: Reads a whole column of the view, ``(steps,)``.
         latest: The trajectories as they are now; with True, after looking for commits of others. None if the view is not
             one that can be followed.
@@ -59,7 +61,6 @@ class Supply:
     selection: Selection
     cache: PageCache
     readers: SegmentReaders
-    variable: VariablePages
     read: Callable[[str], Any]
     latest: Callable[[bool], Selection] | None = None
 
@@ -79,14 +80,16 @@ class Pipeline:
         specs = agreed_windows([supply.selection for supply in supplies], options)
         self.spec = specs[0]
         self._sizes = list(sizes)
+        self._making = threading.Lock()
         mixed = len(supplies) > 1
         self._gatherers: list[Gatherer] = []
+        self._ahead = Lookahead(self)
+        self._reading = False  # whether the last lot had to read pages
+        self._looks_ahead = not mixed and options.prefetch > 0 and not options.follow and options.order != "prioritized"
         anchors = [_anchors(supply, spec, options) for supply, spec in zip(supplies, specs, strict=True)]
         try:
             for number, (supply, spec) in enumerate(zip(supplies, specs, strict=True)):
-                self._gatherers.append(
-                    Gatherer(supply.selection, spec, supply.cache, supply.readers, supply.variable, source=number)
-                )
+                self._gatherers.append(Gatherer(supply.selection, spec, supply.cache, supply.readers, source=number))
             self._planners = [
                 _planner(supply, spec, anchors[number], options, self._gatherers[number], sizes[number], stream=number)
                 for number, (supply, spec) in enumerate(zip(supplies, specs, strict=True))
@@ -132,12 +135,35 @@ class Pipeline:
 
     def make(self, first: int, count: int) -> Lot:
         """Batches ``first`` to ``first + count - 1``."""
+        with self._making:  # a thread that was given up may still be at work
+            return self._make(first, count)
+
+    def _make(self, first: int, count: int) -> Lot:
         for following in self._following:
             following.refresh()
-        drawn = [planner.plan(first, count) for planner in self._planners]
+        drawn, warmed = self._ahead.take(first, count) or (self.plan(first, count), False)
+        read = self._pages_read()
+        then = None
+        if self._looks_ahead and self._reading:
+            then = functools.partial(self._ahead.start, first + count, count)
         if len(drawn) == 1:
-            return self._assembler.assemble([drawn[0].windows], drawn[0].sizes, drawn[0].extra)
-        return self._assembler.assemble([d.windows for d in drawn], [_size_of(drawn)])
+            only = drawn[0]
+            lot = self._assembler.assemble([only.windows], only.sizes, only.extra, warmed=warmed, on_resident=then)
+        else:
+            lot = self._assembler.assemble([d.windows for d in drawn], [_size_of(drawn)], warmed=warmed)
+        self._reading = self._pages_read() > read
+        return lot
+
+    def plan(self, first: int, count: int) -> list[Drawn]:
+        """What these batches are made of, by view."""
+        return [planner.plan(first, count) for planner in self._planners]
+
+    def warm(self, drawn: Sequence[Drawn]) -> bool:
+        """Have the pages of planned batches read."""
+        return all(g.warm(d.windows) for g, d in zip(self._gatherers, drawn, strict=True) if len(d.windows))
+
+    def _pages_read(self) -> int:
+        return sum(supply.cache.pages_read for supply in self.supplies)
 
     def fingerprint(self) -> list[Any]:
         """What a state must agree with to be resumed."""
@@ -159,6 +185,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Let go of the caches' arenas. May be called twice."""
+        self._ahead.close()
         for gatherer in self._gatherers:
             gatherer.close()
 
@@ -210,6 +237,40 @@ class Samples:
                 self._made += len(lot.batches)
                 self._ready.extend(lot.batches)
             return self._ready.popleft()
+
+
+class Lookahead:
+    """Reads the pages of the next lot while this one is copied: one uses the disk, the other memory.
+
+    Args:
+        pipeline: Whose lots.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = weakref.proxy(pipeline)
+        self._workers = Workers(1, name="trajstore-ahead")
+        weakref.finalize(self, self._workers.close, 0.0)  # of what nobody closed
+        self._next: tuple[int, int, list[Drawn], Future[bool]] | None = None
+
+    def start(self, first: int, count: int) -> None:
+        """Begin with batches ``first`` to ``first + count - 1``."""
+        drawn = self._pipeline.plan(first, count)
+        self._next = first, count, drawn, self._workers.submit(self._pipeline.warm, drawn)
+
+    def take(self, first: int, count: int) -> tuple[list[Drawn], bool] | None:
+        """What was planned for these batches, once their pages are there, and whether all are; None if it was others."""
+        ahead, self._next = self._next, None
+        if ahead is None:
+            return None
+        failed = ahead[3].exception()
+        if ahead[:2] != (first, count):
+            return None
+        # What failed fails again when the pages are asked for, in the thread that hands errors on.
+        return ahead[2], failed is None and ahead[3].result()
+
+    def close(self) -> None:
+        """End the thread, once it no longer reads. May be called twice."""
+        self._workers.close(0.0)
 
 
 def _size_of(drawn: Sequence[Drawn]) -> int:

@@ -6,14 +6,18 @@ whatever the thread is doing. The thread refers to nobody who refers to it, so a
 
 from __future__ import annotations
 
+import atexit
 import collections
+import os
 import threading
+import weakref
 from collections.abc import Callable
 
 from trajstore.errors import StorageTimeoutError
 from trajstore.feed.assemble import Lot
 
-_JOIN_S = 5.0
+_JOIN_AT_EXIT_S = 5.0
+_running: weakref.WeakSet[Prefetcher] = weakref.WeakSet()
 
 
 class Prefetcher:
@@ -26,23 +30,32 @@ class Prefetcher:
 
     def __init__(self, make: Callable[[], Lot | None], depth: int) -> None:
         self._depth = depth
-        self._condition = threading.Condition()
+        self._lock = threading.RLock()  # entered by itself: Ctrl-C in a condition's own __exit__ would leave it locked
+        self._condition = threading.Condition(self._lock)
         self._ready: collections.deque[Lot] = collections.deque()
         self._ready_batches = 0
         self._ended = False
         self._error: BaseException | None = None
         self._stopped = False
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, args=(make,), name="trajstore-prefetch", daemon=True)
         self._thread.start()
+        _running.add(self)
+
+    @property
+    def running(self) -> bool:
+        """Whether lots may still come."""
+        with self._lock:
+            return not self._ended and not self._stopped
 
     def take(self, timeout_s: float) -> Lot | None:
-        """The next lot; None at the end.
+        """The next lot; None at the end, or when stopped.
 
         Raises:
-            StorageTimeoutError: There is none after ``timeout_s``.
+            StorageTimeoutError: There is none after ``timeout_s``; it may be asked for again.
             BaseException: What ``make`` raised.
         """
-        with self._condition:
+        with self._lock:
             if not self._condition.wait_for(lambda: self._ready or self._ended or self._stopped, timeout_s):
                 raise StorageTimeoutError(
                     f"no batch within timeout_s={timeout_s:g}; the storage is slow or does not answer: iterate again to go "
@@ -57,9 +70,11 @@ class Prefetcher:
                 raise self._error
             return None
 
-    def stop(self, timeout_s: float = _JOIN_S) -> bool:
-        """Ask the thread to end; whether it has. May be called twice, and from any thread."""
-        with self._condition:
+    def stop(self, timeout_s: float) -> bool:
+        """Ask the thread to end, and wait so long; whether it has. May be called twice, and from any thread."""
+        if self._pid != os.getpid():
+            return True  # the thread stayed in the parent, perhaps with the lock
+        with self._lock:
             self._stopped = True
             self._ready.clear()
             self._condition.notify_all()
@@ -74,22 +89,33 @@ class Prefetcher:
                 lot = make()
                 if lot is None:
                     break
-                with self._condition:
+                with self._lock:
                     self._ready.append(lot)
                     self._ready_batches += len(lot.batches)
                     self._condition.notify_all()
                 del lot  # a waiting thread must not keep a batch alive
         except BaseException as failure:  # noqa: BLE001 - it belongs to whoever takes the next batch
             error = failure
-        with self._condition:
+        with self._lock:
             self._error = error
             self._ended = True
             self._condition.notify_all()
 
     def _wait_for_room(self) -> bool:
-        with self._condition:
+        with self._lock:
             self._condition.wait_for(lambda: self._stopped or self._ready_batches < self._depth)
             return not self._stopped
+
+
+def _stop_all() -> None:
+    # A thread that is still within torch when the interpreter goes away aborts the whole process.
+    running = list(_running)
+    for timeout_s in (0.0, _JOIN_AT_EXIT_S):
+        for prefetcher in running:
+            prefetcher.stop(timeout_s)
+
+
+atexit.register(_stop_all)
 
 
 class Inline:
@@ -102,6 +128,11 @@ class Inline:
         """The next lot; None at the end."""
         return self._make()
 
-    def stop(self) -> bool:
+    @property
+    def running(self) -> bool:
+        """Never, outside ``take``."""
+        return False
+
+    def stop(self, timeout_s: float) -> bool:  # noqa: ARG002 - there is no thread
         """Nothing to stop."""
         return True

@@ -1,6 +1,7 @@
 """What the views of one store handle share: page indexes, the page cache, and how another process opens the same store.
 
-Invariant: one cache per handle, made when first needed; closing the handle gives its memory back.
+Invariant: one cache per handle, whose memory is taken when first needed; closing the handle gives it back, and takes seconds
+at most, even if the storage hangs.
 """
 
 from __future__ import annotations
@@ -8,23 +9,21 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
+from trajstore.errors import ClosedError, ForkedError, StoreNotFoundError
 from trajstore.read.cache import PageCache
 from trajstore.read.disk_cache import DiskCache
 from trajstore.read.fetch import PageFetcher
 from trajstore.read.segment import SegmentReaders
-from trajstore.read.variable import VariablePages
 from trajstore.storage.filesystem import Filesystem
-from trajstore.storage.workers import Workers
+from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Array
 
 Closable = TypeVar("Closable", bound=Any)
-# Of the cache's bytes, for strings and lists, which have no arena.
-_VARIABLE_SHARE = 8
+_JOIN_S = 1.0  # closing waits no longer for a storage that hangs
 
 
 class StoreAccess:
@@ -35,7 +34,7 @@ class StoreAccess:
         workers: Read and decode.
         cache_bytes: Of the shared page cache.
         disk_cache: Keeps stored pages on a local disk, or None.
-        reopen: Version and rows to a view of them, in any process.
+        reopen: Version and rows to a view of them, in any process; None if no other can open the store.
     """
 
     def __init__(
@@ -45,26 +44,41 @@ class StoreAccess:
         *,
         cache_bytes: int,
         disk_cache: DiskCache | None,
-        reopen: Callable[[int, Array], Any],
+        reopen: Callable[[int, Array], Any] | None,
     ) -> None:
         self.readers = SegmentReaders(filesystem, workers)
-        self.reopen = reopen
+        self._reopen = reopen
         self.cache_bytes = cache_bytes
         self.disk_cache = disk_cache
         # Reads wait for the disk more than they compute: two threads per processor.
         self._reading = Workers(2 * (os.cpu_count() or 1), name="trajstore-read")
         self._fetcher = PageFetcher(filesystem, self._reading, disk_cache)
+        self._url = filesystem.url
+        self._closed = False
+        self._pid = os.getpid()
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Of all views and loaders of the handle; memory is taken only when a loader says what it needs.
+        self.cache = PageCache(cache_bytes, self.readers, self._fetcher)
 
-    @cached_property
-    def cache(self) -> PageCache:
-        """Shared by all views and loaders of the handle."""
-        return PageCache(self.cache_bytes, self.readers, self._fetcher)
+    def check_open(self) -> None:
+        """Raise ``ClosedError`` once the handle is closed, ``ForkedError`` in a forked child."""
+        if self._pid != os.getpid():
+            raise ForkedError(FORKED)
+        if self._closed:
+            raise ClosedError(f"the store {self._url} is closed; open it again")
 
-    @cached_property
-    def variable(self) -> VariablePages:
-        """The same for strings and lists."""
-        return VariablePages(self.cache_bytes // _VARIABLE_SHARE, self._fetcher)
+    def reopening(self) -> Callable[[int, Array], Any]:
+        """Version and rows to a view of them, in any process.
+
+        Raises:
+            StoreNotFoundError: No other process can open the store.
+        """
+        if self._reopen is None:
+            raise StoreNotFoundError(
+                f"views and loaders of {self._url} cannot go to another process, which has no way to them: open a store "
+                "on a disk or in a bucket with trajstore.open(url)"
+            )
+        return self._reopen
 
     def private_cache(self, nbytes: int | None, device: torch.device | str | None) -> PageCache:
         """A cache of a loader's own."""
@@ -79,8 +93,8 @@ class StoreAccess:
 
     def close(self) -> None:
         """Close loaders; give memory and threads back. May be called twice."""
+        self._closed = True
         for loader in list(self._loaders):
             loader.close()
-        if "cache" in self.__dict__:
-            self.cache.clear()
-        self._reading.close()
+        self.cache.clear()
+        self._reading.close(_JOIN_S)

@@ -6,7 +6,6 @@ own: its cache's lock guards everything here but the rows themselves, which belo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +59,7 @@ class PageGroup:
         self.device = device
         self.extents = Extents(1, largest=1)
         self.arenas: dict[str, torch.Tensor] = {}  # (capacity, row_bytes) uint8 by column
+        self._arrays: dict[str, Array] = {}  # the same memory, if it is main memory
         self.largest = 1  # rows of the largest extent that any known page needs
         # By page.
         self.row_of_page = np.empty(0, np.int64)  # in the arenas; ABSENT or LOADING if negative
@@ -93,7 +93,13 @@ class PageGroup:
         """New, empty arenas of ``capacity`` rows. Memory is touched only as pages come."""
         self.extents = Extents(capacity, largest=self.largest)
         self.arenas = {c.path: _arena(capacity, c.row_bytes, self.device) for c in self.columns}
+        if self.device.type == "cpu":
+            self._arrays = {path: arena.numpy() for path, arena in self.arenas.items()}
         self.row_of_page[:] = ABSENT
+
+    def free(self) -> None:
+        """Let go of the arenas' memory."""
+        self.arenas, self._arrays = {}, {}
 
     def know_segments(self, count: int) -> None:
         """Make room for segments numbered below ``count``."""
@@ -152,7 +158,7 @@ class PageGroup:
 
     def rows_at(self, start: int, rows: int) -> dict[str, Array]:
         """Rows of the arenas, ``(rows, row_bytes)`` uint8 by column; arenas in main memory only."""
-        return {path: arena[start : start + rows].numpy() for path, arena in self.arenas.items()}
+        return {path: array[start : start + rows] for path, array in self._arrays.items()}
 
     def staging(self, rows: int) -> dict[str, Array]:
         """Memory for a page on its way to a device."""
@@ -197,45 +203,19 @@ class Need:
     Attributes:
         columns: All columns that the group is to hold.
         pages: Most pages that a window touches.
+        rows: All rows that will be read, in extents.
     """
 
     columns: tuple[Column, ...]
     pages: int
+    rows: int
 
     def joined(self, other: Need | None) -> Need:
         """What serves both."""
         if other is None:
             return self
         columns = dict.fromkeys([*other.columns, *self.columns])
-        return Need(tuple(columns), max(self.pages, other.pages))
-
-
-def divide(nbytes: int, needs: Sequence[tuple[int, int, int]]) -> list[int] | None:
-    """Rows of each group's arenas: what a window needs, and the rest such that all hold equally many rows.
-
-    Args:
-        nbytes: To be divided.
-        needs: Bytes per row, rows that a window needs, and rows of the largest extent, for each group.
-
-    Returns:
-        Rows, each a multiple of its largest extent; None if one window needs more than ``nbytes``.
-
-    Examples:
-        >>> divide(10_000, [(100, 32, 16), (1, 64, 64)])
-        [96, 64]
-    """
-    least = [math.ceil(rows / largest) * largest for _, rows, largest in needs]
-    if sum(row_bytes * rows for (row_bytes, _, _), rows in zip(needs, least, strict=True)) > nbytes:
-        return None
-    fixed: dict[int, int] = {}
-    while True:
-        left = nbytes - sum(needs[i][0] * rows for i, rows in fixed.items())
-        open_bytes = sum(needs[i][0] for i in range(len(needs)) if i not in fixed)
-        rows = left // open_bytes if open_bytes else 0
-        below = [i for i in range(len(needs)) if i not in fixed and rows // needs[i][2] * needs[i][2] < least[i]]
-        if not below:
-            return [fixed[i] if i in fixed else rows // needs[i][2] * needs[i][2] for i in range(len(needs))]
-        fixed.update((i, least[i]) for i in below)
+        return Need(tuple(columns), max(self.pages, other.pages), max(self.rows, other.rows))
 
 
 def _arena(rows: int, row_bytes: int, device: torch.device) -> torch.Tensor:

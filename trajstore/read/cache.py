@@ -2,6 +2,7 @@
 
 Invariant: the arenas never take more than the cache's bytes; a page that a lease covers is neither evicted nor moved; and
 nobody waits while holding a lease, except for reads that are under way, so leases cannot wait for each other in a circle.
+Whoever waits for leases to end stands in line, and nobody who comes later takes a lease before.
 
 A look-up is one array operation per group of columns, whatever the number of windows. Pages that are missing are read
 together. The least recently used pages go first, by the tick of the lease that used them last.
@@ -10,20 +11,24 @@ together. The least recently used pages go first, by the tick of the lease that 
 from __future__ import annotations
 
 import collections
+import contextlib
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from trajstore.errors import CacheTooSmallError, CorruptionError, StorageTimeoutError
 from trajstore.format.manifest import SegmentEntry
-from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup, divide
+from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup
+from trajstore.read.division import Claim, divide
 from trajstore.read.extents import extent_rows
 from trajstore.read.fetch import PageFetcher, PageRequest
 from trajstore.read.segment import SegmentReader, SegmentReaders
+from trajstore.read.variable import VariablePages
 from trajstore.schema import Schema
 from trajstore.stored import Array
 
@@ -31,6 +36,7 @@ DEFAULT_CACHE_BYTES = 1 << 30
 # Page indexes that are read when a loader is made, to learn how large pages are: those of the longest segments.
 _SEGMENTS_PROBED = 8
 _WAIT_S = 600.0
+_VARIABLE_PART = 8  # of the cache's bytes, one for strings and lists, if they are read
 
 _Pages: TypeAlias = tuple[PageGroup, Array]  # page numbers of any shape
 
@@ -53,6 +59,20 @@ class Demand:
         """``(n, w)``: the group's numbers of the pages, which may change while the lock is not held."""
         numbers: Array = self.pages + self.group.base[self.segments][:, None]
         return numbers
+
+
+class _Claim(NamedTuple):
+    """A lease, some of whose pages may have to be read."""
+
+    tick: int
+    starts: list[Array]  # for each demand, where its pages are; negative where they are not
+    mine: list[_Pages]  # to be read by whoever has the claim
+    theirs: list[_Pages]  # that other threads are reading
+
+    @property
+    def complete(self) -> bool:
+        """Whether all pages are there."""
+        return not self.mine and not self.theirs
 
 
 class DoesNotFitError(Exception):
@@ -98,6 +118,10 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """The pages may go. May be called twice."""
         self._cache._release(self._tick)
 
 
@@ -107,11 +131,13 @@ class Reservation:
     def __init__(self, cache: PageCache, names: Sequence[str]) -> None:
         self._cache = cache
         self._names = names
+        self._pid = os.getpid()
 
     def release(self) -> None:
         """They are no longer used. May be called twice."""
         names, self._names = self._names, []
-        self._cache._unreserve(names)
+        if self._pid == os.getpid():  # in a forked child, whoever held the lock is not there to let go of it
+            self._cache._unreserve(names)
 
 
 class PageCache:
@@ -131,20 +157,23 @@ class PageCache:
         self.device = torch.device(device)
         self._fetcher = fetcher
         self._readers = readers
-        self._condition = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()  # entered by itself: Ctrl-C in a condition's own __exit__ would leave it locked
+        self._condition = threading.Condition(self._lock)
         self._groups: dict[str, PageGroup] = {}
         self._needs: dict[str, Need] = {}
         self._users: dict[str, int] = {}
         self._numbers: dict[str, int] = {}  # of segments, by uuid
         self._entries: list[SegmentEntry] = []
+        self._variable: VariablePages | None = None
         self._schema = Schema()
         self._tick = 0
         self._leases: set[int] = set()
+        self._line: collections.deque[object] = collections.deque()  # of those who wait for leases to end
         self._stats = CacheStats()
 
     def stats(self) -> CacheStats:
         """The counters as they are now."""
-        with self._condition:
+        with self._lock:
             groups = self._groups.values()
             return replace(
                 self._stats,
@@ -152,13 +181,24 @@ class PageCache:
                 capacity_bytes=sum(group.capacity_bytes for group in groups),
             )
 
+    def variable_pages(self) -> VariablePages:
+        """Pages of strings and lists, which have no arena; the first call sets a part of the cache aside for them."""
+        with self._condition:
+            if self._variable is None:
+                self._variable = VariablePages(self.nbytes // _VARIABLE_PART, self._fetcher)
+            return self._variable
+
+    @property
+    def _arena_bytes(self) -> int:
+        return self.nbytes - (0 if self._variable is None else -(-self.nbytes // _VARIABLE_PART))
+
     def group(self, name: str) -> PageGroup:
         """A group that is reserved."""
         return self._groups[name]
 
     def number_segments(self, entries: Sequence[SegmentEntry]) -> Array:
         """The cache's numbers of segments, ``(n,)`` int64; new ones get the next."""
-        with self._condition:
+        with self._lock:
             for entry in entries:
                 if entry.uuid not in self._numbers:
                     self._numbers[entry.uuid] = len(self._entries)
@@ -188,19 +228,21 @@ class PageCache:
         """
         probed = sorted(np.unique(segments).tolist(), key=lambda n: -self._entries[n].steps)[:_SEGMENTS_PROBED]
         readers = self._readers.open_many([self._entries[n] for n in probed], schema)
-        with self._condition:
+        with self._lock:
             self._schema = schema
-            merged = {name: need.joined(self._needs.get(name)) for name, need in needs.items()}
-            largest = _largest_extents(merged, readers)
+            largest = _largest_extents(needs, readers)
             for name, rows in (page_rows or {}).items():
                 largest[name] = max(largest.get(name, 1), extent_rows(rows))
-            if not all(self._serves(name, need, largest[name]) for name, need in merged.items()):
-                kept = {name: need for name, need in self._needs.items() if self._users.get(name)}
-                self._rebuild({**kept, **merged}, largest)
+            self._provide(needs, largest)
             for name in needs:
                 self._users[name] = self._users.get(name, 0) + 1
-        self.open_segments(np.array(probed, np.int64))
-        return Reservation(self, list(needs))
+        reservation = Reservation(self, list(needs))
+        try:
+            self.open_segments(np.array(probed, np.int64))
+        except BaseException:
+            reservation.release()
+            raise
+        return reservation
 
     def open_segments(self, numbers: Array) -> None:
         """Read the page indexes of segments, so that their pages have numbers in every group.
@@ -211,70 +253,54 @@ class PageCache:
         """
         wanted = np.unique(numbers).tolist()
         readers = self._readers.open_many([self._entries[n] for n in wanted], self._schema)
-        with self._condition:
-            largest = _largest_extents(self._needs, readers)
-            if any(rows > self._groups[name].largest for name, rows in largest.items()):
-                self._rebuild(self._needs, largest)
+        with self._lock:
+            self._provide({}, _largest_extents(self._needs, readers))
             for number, reader in zip(wanted, readers, strict=True):
                 for group in self._groups.values():
                     if group.base[number] < 0 and group.name in reader.by_group:
                         group.add_segment(number, _geometry(reader, group.name))
 
-    def acquire(self, demands: Sequence[Demand], *, alone: bool = False) -> Lease:
+    @property
+    def pages_read(self) -> int:
+        """Pages read so far."""
+        return self._stats.pages_read
+
+    def acquire(self, demands: Sequence[Demand], *, alone: bool = False, counted: bool = False) -> Lease:
         """Have pages resident, reading those that are not.
 
         Args:
             demands: What is wanted.
             alone: Evict everything else first, so that what fits in an empty cache fits.
+            counted: Whether these look-ups are in the counters already.
 
         Raises:
             DoesNotFitError: They do not fit at once.
             CorruptionError: A page is not what was written.
             StorageError: The disk or bucket failed.
         """
-        first = True
+        first = not counted
         while True:
-            with self._condition:
-                self._tick += 1
-                tick = self._tick
-                wanted = [(demand.group, demand.numbers()) for demand in demands]
-                starts = [group.row_of_page[pages] for group, pages in wanted]
-                complete = all(int(found.min()) >= 0 for found in starts)
-                for group, pages in wanted:
-                    group.last_use[pages] = tick
+            with self._lock:
+                claim = None if self._line else self._claim(demands, alone=alone)
+                if claim is None:
+                    claim = self._claim_in_turn(demands, alone=alone)
                 if first:
-                    self._count(starts, complete)
+                    self._count(claim)
                     first = False
-                if complete:
-                    self._leases.add(tick)
-                    return Lease(self, tick, starts)
-                if alone and not self._leases:
-                    for group, _ in wanted:
-                        collections.deque(self._evicting(group, tick + 1), maxlen=0)
-                mine, theirs = _missing(wanted)
-                if not self._make_room(mine, tick):
-                    if not self._leases and alone:
-                        raise CacheTooSmallError(
-                            f"cache_bytes={self.nbytes} cannot hold one window beside what was appended and is not yet "
-                            "committed; flush() the store, or pass more cache_bytes"
-                        )
-                    if not self._leases:
-                        raise DoesNotFitError
-                    self._wait("room in the page cache")  # whoever holds pages is only copying from them
-                    continue
-                self._leases.add(tick)
+            if claim.complete:
+                return Lease(self, claim.tick, claim.starts)
             try:
-                self._load(mine)
-                with self._condition:
-                    while any((group.row_of_page[pages] == LOADING).any() for group, pages in theirs):
+                self._load(claim.mine)
+                with self._lock:
+                    while any((group.row_of_page[pages] == LOADING).any() for group, pages in claim.theirs):
                         self._wait("a page that another thread reads")
                     starts = [demand.group.row_of_page[demand.numbers()] for demand in demands]
                     if all(int(found.min()) >= 0 for found in starts):
-                        return Lease(self, tick, starts)
+                        return Lease(self, claim.tick, starts)
             except BaseException:
-                self._release(tick)
+                self._release(claim.tick)
                 raise
-            self._release(tick)  # the other thread failed: try it here
+            self._release(claim.tick)  # the other thread failed: try it here
 
     def pin_rows(self, number: int, name: str, first: int, rows: Mapping[str, Array], *, page_rows: int) -> bool:
         """Put rows of a segment that is still being written into pages that stay until ``unpin``.
@@ -290,7 +316,7 @@ class PageCache:
             Whether there was room for them.
         """
         count = len(next(iter(rows.values())))
-        with self._condition:
+        with self._lock:
             group = self._groups[name]
             group.know_segments(len(self._entries))
             last = (first + count - 1) // page_rows
@@ -334,10 +360,10 @@ class PageCache:
             entry: How its manifest names it.
             rows: Rows of each group, if all of them are here: they stay like any page that was read. None: they go.
         """
-        with self._condition:
+        with self._lock:
             self._entries[number] = entry
-            while rows is None and self._leases:
-                self._wait("batches that are being copied")
+            if rows is None:
+                self._wait_for_leases()
             for name, group in self._groups.items():
                 if number not in group.pinned:
                     continue
@@ -367,7 +393,7 @@ class PageCache:
             first: Row of the segment.
             out: ``(n, row_bytes)`` uint8.
         """
-        with self._condition:
+        with self._lock:
             group = self._groups.get(name)
             if group is None or group.base[number] < 0:
                 return False
@@ -381,18 +407,18 @@ class PageCache:
 
     def clear(self) -> None:
         """Give all pages and their memory up."""
-        with self._condition:
+        with self._lock:
             self._groups.clear()
             self._needs.clear()
             self._users.clear()
 
     def _release(self, tick: int) -> None:
-        with self._condition:
+        with self._lock:
             self._leases.discard(tick)
             self._condition.notify_all()
 
     def _unreserve(self, names: Sequence[str]) -> None:
-        with self._condition:
+        with self._lock:
             for name in names:
                 if name in self._users:
                     self._users[name] -= 1
@@ -410,7 +436,7 @@ class PageCache:
                     group.upload(group.loading[page], request.slots)
             loaded = True
         finally:
-            with self._condition:
+            with self._lock:
                 for group, pages in missing:
                     for page in pages.tolist():
                         group.end_load(page, loaded=loaded)
@@ -436,39 +462,122 @@ class PageCache:
         if not self._condition.wait(_WAIT_S):
             raise StorageTimeoutError(f"waited {_WAIT_S:.0f} s for {what}; the storage does not answer")
 
-    def _serves(self, name: str, need: Need, largest: int) -> bool:
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Those who come after this block has begun take no lease before it ends."""
+        ticket = object()
+        self._line.append(ticket)
+        try:
+            while self._line[0] is not ticket:
+                self._wait("other threads that wait for room in the page cache")
+            yield
+        finally:
+            self._line.remove(ticket)
+            self._condition.notify_all()
+
+    def _wait_for_leases(self) -> None:
+        """Wait until nobody copies; what was known of the cache before may have changed then."""
+        with self._turn():
+            while self._leases:
+                self._wait("batches that are being copied")
+
+    def _claim(self, demands: Sequence[Demand], *, alone: bool) -> _Claim | None:
+        """Lease what is resident, and extents for what is not; None if there is no room until some lease ends."""
+        self._tick += 1
+        tick = self._tick
+        wanted = [(demand.group, demand.numbers()) for demand in demands]
+        starts = [group.row_of_page[pages] for group, pages in wanted]
+        for group, pages in wanted:
+            group.last_use[pages] = tick
+        if all(int(found.min()) >= 0 for found in starts):
+            self._leases.add(tick)
+            return _Claim(tick, starts, [], [])
+        if alone and not self._leases:
+            for group, _ in wanted:
+                collections.deque(self._evicting(group, tick + 1), maxlen=0)
+        mine, theirs = _missing(wanted)
+        if self._make_room(mine, tick):
+            self._leases.add(tick)
+            return _Claim(tick, starts, mine, theirs)
+        if self._leases:
+            return None
+        if alone:
+            raise CacheTooSmallError(
+                f"cache_bytes={self.nbytes} cannot hold one window beside what was appended and is not yet committed; "
+                "flush() the store, or pass more cache_bytes"
+            )
+        raise DoesNotFitError
+
+    def _claim_in_turn(self, demands: Sequence[Demand], *, alone: bool) -> _Claim:
+        """The same, when there is room; whoever holds pages is only reading or copying them."""
+        with self._turn():
+            while (claim := self._claim(demands, alone=alone)) is None:
+                self._wait("room in the page cache")
+            return claim
+
+    def _count(self, claim: _Claim) -> None:
+        asked = sum(found.size for found in claim.starts)
+        missed = 0 if claim.complete else sum(int((found < 0).sum()) for found in claim.starts)
+        self._stats.hits += asked - missed
+        self._stats.misses += missed
+
+    def _provide(self, needs: Mapping[str, Need], largest: Mapping[str, int]) -> None:
+        """Have arenas for these needs and all that are in use; if there are none, divide the cache anew.
+
+        Args:
+            needs: By group.
+            largest: Rows of the largest extent that some pages need, by group.
+        """
+        while True:
+            wanted = {name: need for name, need in self._needs.items() if self._users.get(name)}
+            wanted |= {name: need.joined(wanted.get(name)) for name, need in needs.items()}
+            rows = {n: max(largest.get(n, 1), self._groups[n].largest if n in self._groups else 1) for n in wanted}
+            capacities = self._capacities(wanted, rows)
+            fits = sum(group.capacity_bytes for group in self._groups.values()) <= self._arena_bytes
+            if fits and all(self._serves(name, need, rows[name], capacities[name]) for name, need in wanted.items()):
+                return
+            if not self._leases:
+                self._divide(wanted, rows, capacities)
+                return
+            self._wait_for_leases()
+
+    def _serves(self, name: str, need: Need, largest: int, capacity: int) -> bool:
+        """Whether a group's arenas will do: making them anew costs what they hold, so they need not be the best."""
         group = self._groups.get(name)
         if group is None or not set(need.columns) <= set(group.columns) or largest > group.largest:
             return False
-        return group.extents.capacity >= need.pages * group.largest
+        return group.extents.capacity >= max(need.pages * group.largest, capacity // 2)
 
-    def _rebuild(self, needs: Mapping[str, Need], largest: Mapping[str, int]) -> None:
-        """Divide the cache anew. Nothing stays resident."""
+    def _capacities(self, needs: Mapping[str, Need], largest: Mapping[str, int]) -> dict[str, int]:
+        """Rows of each group's arenas."""
         names = list(needs)
-        rows = {n: max(largest.get(n, 1), self._groups[n].largest if n in self._groups else 1) for n in names}
         widths = {n: sum(c.row_bytes for c in needs[n].columns) for n in names}
-        wanted = [(widths[n], needs[n].pages * rows[n], rows[n]) for n in names]
-        capacities = divide(self.nbytes, wanted)
+        wanted = [Claim(widths[n], needs[n].pages * largest[n], largest[n], needs[n].rows) for n in names]
+        capacities = divide(self._arena_bytes, wanted)
         if capacities is None:
-            least = sum(width * pages for width, pages, _ in wanted)
-            widest = max(range(len(names)), key=lambda i: wanted[i][0] * wanted[i][1])
+            least = sum(claim.row_bytes * claim.least for claim in wanted)
+            if self._variable is not None:
+                least = -(-least * _VARIABLE_PART // (_VARIABLE_PART - 1))
+            widest = max(range(len(names)), key=lambda i: wanted[i].row_bytes * wanted[i].least)
             raise CacheTooSmallError(
                 f"cache_bytes={self.nbytes} is below what one window needs resident at once ({least} bytes, most of them "
                 f"pages of {needs[names[widest]].columns[0].path!r}); pass cache_bytes >= {least}"
             )
-        while self._leases:
-            self._wait("batches that are being copied")
+        return dict(zip(names, capacities, strict=True))
+
+    def _divide(self, needs: Mapping[str, Need], largest: Mapping[str, int], capacities: Mapping[str, int]) -> None:
+        """Make arenas anew. Nothing stays resident but what must."""
         self._needs = dict(needs)
         kept = {name: _pinned_pages(group) for name, group in self._groups.items()}
         before, self._groups = self._groups, {}
-        for name, capacity in zip(names, capacities, strict=True):
+        for name, capacity in capacities.items():
             group = before.pop(name, None)
             if group is None:
                 group = PageGroup(name, needs[name].columns, self.device)
             group.columns = needs[name].columns
-            group.largest = rows[name]
+            group.largest = largest[name]
             group.know_segments(len(self._entries))
-            group.arenas = {}  # let go of the memory before more is asked for
+            group.free()  # before more memory is asked for
             group.allocate(capacity)
             for page, data in kept.get(name, {}).items():
                 start = group.extents.take(int(group.extent_of_page[page]))
@@ -481,12 +590,6 @@ class PageCache:
                 for path, rows_of_page in data.items():
                     group.arenas[path][start : start + len(rows_of_page)].copy_(rows_of_page)
             self._groups[name] = group
-
-    def _count(self, starts: Sequence[Array], complete: bool) -> None:
-        asked = sum(found.size for found in starts)
-        missed = 0 if complete else sum(int((found < 0).sum()) for found in starts)
-        self._stats.hits += asked - missed
-        self._stats.misses += missed
 
     def _make_room(self, missing: Sequence[_Pages], tick: int) -> bool:
         """Take an extent for every page, evicting others; all or none."""

@@ -6,10 +6,11 @@ without memory of its own on the way.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from trajstore.errors import CorruptionError
@@ -17,7 +18,7 @@ from trajstore.format import layout
 from trajstore.format.pages import PageSource
 from trajstore.read.disk_cache import DiskCache, PageName
 from trajstore.read.segment import SegmentReader
-from trajstore.storage.filesystem import Buffer, ByteRange, Filesystem
+from trajstore.storage.filesystem import Buffer, ByteRange, Filesystem, ReadRun, coalesce
 from trajstore.storage.workers import Workers
 from trajstore.stored import Array, Stored
 
@@ -41,6 +42,25 @@ class PageRequest:
     slots: Mapping[str, Array]
     variable: Sequence[str] = ()
     arrays: dict[str, Stored] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def decode(self, stored: Buffer) -> None:
+        """Fill the slots."""
+        with self.lock:
+            self.arrays = self.segment.decode_page(self.source, self.page, stored, self.slots, self.variable)
+
+    @property
+    def plain_slot(self) -> Array | None:
+        """The slot as ``(nbytes,)`` uint8, if the page is stored just as it is in memory."""
+        if self.source.codec != "none" or self.variable or self.source.object.endswith(".arrow"):
+            return None
+        slot = self.slots.get(self.source.columns[0])
+        return None if slot is None or slot.nbytes != int(self.source.nbytes[self.page]) else slot.reshape(-1)
+
+    def revoke(self) -> None:
+        """When this returns, nobody writes to the slots any more, whatever is still being read."""
+        with self.lock:
+            self.slots = {}
 
 
 class PageFetcher:
@@ -56,9 +76,6 @@ class PageFetcher:
         self._filesystem = filesystem
         self._workers = workers
         self.disk_cache = disk_cache
-        self._lock = threading.Lock()
-        self.pages_read = 0
-        self.bytes_read = 0  # stored bytes, from the store or its disk cache
 
     def fetch(self, requests: Sequence[PageRequest]) -> None:
         """Fill the slots of all requests.
@@ -68,17 +85,45 @@ class PageFetcher:
             StorageError: The disk or bucket failed.
         """
         ordered = sorted(requests, key=_place)
-        if self._filesystem.overlaps_reads:
-            for lot in _lots(ordered):
-                stored = self._read(lot)
-                pairs = list(zip(lot, stored, strict=True))
-                self._workers.map(self._decode, _split(pairs, self._workers.threads))
-        else:
-            self._workers.map(self._read_and_decode, _split(ordered, 2 * self._workers.threads))
+        try:
+            if self._filesystem.overlaps_reads:
+                for lot in _lots(ordered):
+                    stored = self._read(lot)
+                    pairs = list(zip(lot, stored, strict=True))
+                    self._workers.map(self._decode, _split(pairs, self._workers.threads))
+            else:
+                self._workers.map(self._read_and_decode, _split(ordered, 2 * self._workers.threads))
+        except BaseException:
+            # Ctrl-C ends the wait, not the reads; the caller is about to use the slots for other pages.
+            for request in requests:
+                request.revoke()
+            raise
 
     def _read_and_decode(self, requests: Sequence[PageRequest]) -> None:
         for lot in _lots(requests, max_bytes=_LOCAL_LOT_BYTES):
-            self._decode(list(zip(lot, self._read(lot), strict=True)))
+            packed = [r for r in lot if self.disk_cache is not None or r.plain_slot is None]
+            if len(packed) < len(lot):
+                self._read_in_place([r for r in lot if r.plain_slot is not None])
+            if packed:
+                self._decode(list(zip(packed, self._read(packed), strict=True)))
+
+    def _read_in_place(self, requests: Sequence[PageRequest]) -> None:
+        """Pages that are stored as they are: neighbours by one read, straight into their slots."""
+        ranges = [_range(request) for request in requests]
+        for run in coalesce(ranges, max_gap_bytes=0, max_run_bytes=_LOCAL_LOT_BYTES):
+            self._fill(run, [requests[i] for i in run.members])
+
+    def _fill(self, run: ReadRun, requests: Sequence[PageRequest]) -> None:
+        with contextlib.ExitStack() as held:
+            for request in requests:
+                held.enter_context(request.lock)  # against revoke
+            slots = [slot for r in requests if (slot := r.plain_slot) is not None]
+            if len(slots) < len(requests):
+                return  # nobody wants them any more
+            views = [memoryview(slot) for slot in slots]  # type: ignore[arg-type]
+            self._filesystem.read_into(run.key, run.start, views)
+            for request, slot in zip(requests, slots, strict=True):
+                request.segment.check_page(request.source, request.page, slot)
 
     def _read(self, requests: Sequence[PageRequest]) -> list[Buffer]:
         cache = self.disk_cache
@@ -100,15 +145,8 @@ class PageFetcher:
         return [data for data in stored if data is not None]
 
     def _decode(self, pairs: Sequence[tuple[PageRequest, Buffer]]) -> None:
-        nbytes = 0
         for request, stored in pairs:
-            request.arrays = request.segment.decode_page(
-                request.source, request.page, stored, request.slots, request.variable
-            )
-            nbytes += len(stored)
-        with self._lock:
-            self.pages_read += len(pairs)
-            self.bytes_read += nbytes
+            request.decode(stored)
 
 
 T = TypeVar("T")

@@ -230,7 +230,9 @@ class LiveTrajectories:
         for column in schema:
             if not column.is_variable and group_name(column) in page_rows:
                 groups.setdefault(group_name(column), []).append(column)
-        needs: dict[str, Any] = {name: Need(tuple(columns), 1) for name, columns in groups.items()}
+        # How much will come is not known: equally many rows for all.
+        rows = self._cache.nbytes // max(sum(c.row_bytes for columns in groups.values() for c in columns), 1)
+        needs: dict[str, Any] = {name: Need(tuple(columns), 1, rows) for name, columns in groups.items()}
         before = self._reservation
         self._reservation = self._cache.reserve(needs, np.empty(0, np.int64), schema, page_rows=page_rows)
         if before is not None:

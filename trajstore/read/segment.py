@@ -125,9 +125,9 @@ class SegmentReader:
         return None
 
     def page_rows_of(self, name: str) -> int:
-        """Rows per page of a group of columns; 1 if the segment lacks it."""
+        """Rows of the largest page of a group of columns; 1 if the segment lacks it."""
         source = self.by_group.get(name)
-        return 1 if source is None else source.page_rows
+        return 1 if source is None else max(1, min(source.page_rows, source.rows))
 
     def decoded_rows(self, source: PageSource, page: int) -> int:
         """Rows that a page decodes to: the last page of a tensor is filled up, because a Zarr chunk has its full shape."""
@@ -136,6 +136,15 @@ class SegmentReader:
     def is_intact(self, source: PageSource, page: int, stored: Buffer) -> bool:
         """Whether stored bytes are those of the page."""
         return len(stored) == int(source.nbytes[page]) and checksum(stored) == int(source.crc32c[page])
+
+    def check_page(self, source: PageSource, page: int, stored: Any) -> None:
+        """Hold a page's stored bytes against its checksum.
+
+        Raises:
+            CorruptionError: They are not what was written.
+        """
+        if checksum(stored) != int(source.crc32c[page]):
+            raise self._mismatch(source, page)
 
     def decode_page(
         self, source: PageSource, page: int, stored: Buffer, slots: Mapping[str, Array], variable: Sequence[str] = ()
@@ -156,8 +165,7 @@ class SegmentReader:
         Raises:
             CorruptionError: It is not what was written.
         """
-        if checksum(stored) != int(source.crc32c[page]):
-            raise self._mismatch(source, page)
+        self.check_page(source, page, stored)
         try:
             if not source.object.endswith(".arrow"):
                 codec_named(source.codec).decode_into(stored, slots[source.columns[0]].reshape(-1))

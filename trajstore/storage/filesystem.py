@@ -82,6 +82,20 @@ class Filesystem(ABC):
             CorruptionError: An object ends before a run does.
         """
 
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers, one after the other, with the bytes of an object from ``start`` on.
+
+        Raises:
+            MissingObjectError: It is not there.
+            CorruptionError: It ends too early.
+        """
+        stop = start + sum(len(buffer) for buffer in buffers)
+        data = memoryview(self.read_runs([ReadRun(key, start, stop, (0,))])[0])
+        done = 0
+        for buffer in buffers:
+            buffer[:] = data[done : done + len(buffer)]
+            done += len(buffer)
+
     @abstractmethod
     def stream(self, key: str) -> ObjectStream:
         """Begin an object too large to be held in memory."""

@@ -23,6 +23,7 @@ from trajstore.errors import (
     TrajstoreError,
     UnsupportedStorageError,
 )
+from trajstore.storage.descriptors import OpenFiles
 from trajstore.storage.filesystem import Buffer, Filesystem, ObjectInfo, ObjectStream, ReadRun
 from trajstore.storage.workers import Workers
 
@@ -53,6 +54,7 @@ class LocalFilesystem(Filesystem):
         self.description = root
         self.single_writer = single_writer
         self._workers = Workers(threads, name="trajstore-disk")
+        self._files = OpenFiles()
         self._known_directories: set[str] = set()
         self._synced_in_root: set[str] = set()
         self._ancestors_synced = False
@@ -64,6 +66,19 @@ class LocalFilesystem(Filesystem):
     def read_runs(self, runs: Sequence[ReadRun]) -> list[Buffer]:
         """The bytes of each run."""
         return [self._read_run(run) for run in runs]
+
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Straight into memory, by one system call."""
+        with self.errors(key):
+            file = self._files.get(self._path(key))
+            expected = sum(len(buffer) for buffer in buffers)
+            found = os.preadv(file.number, buffers, start)
+            if found < expected:
+                # A file that is too short, or a read of over 2 GiB: once more, piece by piece.
+                for buffer in buffers:
+                    data = self._read_run(ReadRun(key, start, start + len(buffer), (0,)))
+                    buffer[:] = data
+                    start += len(buffer)
 
     def stream(self, key: str) -> ObjectStream:
         """Begin a large object."""
@@ -161,8 +176,9 @@ class LocalFilesystem(Filesystem):
             raise StorageError(error.errno, f"{where}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, close files."""
         self._workers.close()
+        self._files.close()
 
     def _path(self, key: str) -> str:
         return os.path.join(self.root, *key.split("/"))
@@ -177,20 +193,17 @@ class LocalFilesystem(Filesystem):
 
     def _read_run(self, run: ReadRun) -> Buffer:
         with self.errors(run.key):
-            descriptor = os.open(self._path(run.key), os.O_RDONLY)
-            try:
-                data = os.pread(descriptor, run.stop - run.start, run.start)
-                while len(data) < run.stop - run.start:  # one pread returns 2 GiB at most
-                    more = os.pread(descriptor, run.stop - run.start - len(data), run.start + len(data))
-                    if not more:
-                        raise CorruptionError(
-                            f"{run.key} in {self.root} ends at byte {run.start + len(data)}, expected {run.stop}; restore "
-                            "it from a copy"
-                        )
-                    data += more
-                return data
-            finally:
-                os.close(descriptor)
+            file = self._files.get(self._path(run.key))
+            data = os.pread(file.number, run.stop - run.start, run.start)
+            while len(data) < run.stop - run.start:  # one pread returns 2 GiB at most
+                more = os.pread(file.number, run.stop - run.start - len(data), run.start + len(data))
+                if not more:
+                    raise self._ended(run.key, run.start + len(data), run.stop)
+                data += more
+            return data
+
+    def _ended(self, key: str, end: int, expected: int) -> CorruptionError:
+        return CorruptionError(f"{key} in {self.root} ends at byte {end}, expected {expected}; restore it from a copy")
 
     def _ensure_directory(self, folder: str) -> None:
         """Make a folder of the store. Its name is durable once ``_sync_directories`` has run."""

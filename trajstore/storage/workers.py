@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -76,19 +77,24 @@ class Workers:
             raise errors[0]
         return [f.result() for f in futures]
 
-    def close(self) -> None:
-        """End the threads once queued work is done. May be called twice."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """End the threads once queued work is done. May be called twice.
+
+        Args:
+            timeout_s: Wait no longer than this for work that hangs; its thread ends with it, or with the process.
+        """
         if os.getpid() != self._pid:
             return  # the threads stayed in the parent
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            threads = list(self._threads)
-        for _ in threads:
+            threads = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for _ in self._threads:
             self._tasks.put(None)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
