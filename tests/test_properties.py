@@ -141,11 +141,13 @@ class TwoHandles(RuleBasedStateMachine):
         self.pending = {0: [], 1: []}  # by handle: what was appended since its last flush
         self.model = {}  # uuid -> (length, columns, metadata)
         self.history = {0: []}  # version -> uuids in id order
+        self.following = set()  # handles that have looked at what they append
         for number in (0, 1):
             self.open(number)
 
     def open(self, number):
         self.handles[number] = trajstore.open(self.url, "a", schema=self.schema)
+        self.following.discard(number)
 
     def settle(self, number):
         """Every version that appeared holds the one before it and the handle's pending trajectories."""
@@ -193,7 +195,11 @@ class TwoHandles(RuleBasedStateMachine):
     @rule(number=st.sampled_from([0, 1]))
     def refresh(self, number):
         assert self.handles[number].refresh() == max(self.history)
-        self.check(self.handles[number].trajectories, max(self.history))
+        view = self.handles[number].trajectories
+        if number not in self.following:  # the first look commits
+            self.following.add(number)
+            self.settle(number)
+        self.check(view, max(self.history), self.pending[number])
 
     @precondition(lambda self: self.history)
     @rule(version=versions)
@@ -201,10 +207,10 @@ class TwoHandles(RuleBasedStateMachine):
         with trajstore.open(self.url, version=version) as store:
             self.check(store.trajectories, version)
 
-    def check(self, view, version):
-        wanted = self.history[version]
-        assert [t.uuid for t in view] == wanted
-        assert view.ids.tolist() == list(range(len(wanted)))
+    def check(self, view, version, waiting=()):
+        committed = self.history[version]
+        assert [t.uuid for t in view] == [*committed, *waiting]
+        assert view.ids.tolist() == [*range(len(committed)), *[-1] * len(waiting)]
         for stored in view:
             length, columns_, metadata = self.model[stored.uuid]
             assert (stored.length, stored.metadata) == (length, metadata)

@@ -302,7 +302,7 @@ class Gatherer:
                 self._copy(lookups, target, first, middle, hi, counted=True)
                 return
             lease = self._cache.acquire(demands, alone=True, counted=True)
-        with lease:
+        try:  # not ``with``, which Ctrl-C can enter without leaving
             if on_resident is not None:
                 on_resident()
             for lookup, begins in zip(lookups, lease.starts, strict=True):
@@ -313,6 +313,8 @@ class Gatherer:
                     _select(lookup.group.arenas[output.source.path], index, target.rows(output, first + lo, first + hi))
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()  # until then the pages must stay
+        finally:
+            lease.release()
 
     # What is computed rather than copied
 

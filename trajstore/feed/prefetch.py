@@ -16,7 +16,7 @@ from collections.abc import Callable
 from trajstore.errors import StorageTimeoutError
 from trajstore.feed.assemble import Lot
 
-_JOIN_AT_EXIT_S = 5.0
+_JOIN_AT_EXIT_S = 2.0
 _running: weakref.WeakSet[Prefetcher] = weakref.WeakSet()
 
 

@@ -96,6 +96,7 @@ class PageGroup:
         if self.device.type == "cpu":
             self._arrays = {path: arena.numpy() for path, arena in self.arenas.items()}
         self.row_of_page[:] = ABSENT
+        self.loading.clear()
 
     def free(self) -> None:
         """Let go of the arenas' memory."""

@@ -16,12 +16,12 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from trajstore.errors import CacheTooSmallError, CorruptionError, StorageTimeoutError
+from trajstore.errors import CacheTooSmallError, CorruptionError, StorageTimeoutError, TrajstoreError
 from trajstore.format.manifest import SegmentEntry
 from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup
 from trajstore.read.division import Claim, divide
@@ -61,22 +61,24 @@ class Demand:
         return numbers
 
 
-class _Claim(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Claim:
     """A lease, some of whose pages may have to be read."""
 
     tick: int
     starts: list[Array]  # for each demand, where its pages are; negative where they are not
     mine: list[_Pages]  # to be read by whoever has the claim
     theirs: list[_Pages]  # that other threads are reading
-
-    @property
-    def complete(self) -> bool:
-        """Whether all pages are there."""
-        return not self.mine and not self.theirs
+    complete: bool  # whether all pages are there
+    settled: bool  # whether no extent is taken for a page that is not there
 
 
 class DoesNotFitError(Exception):
     """The pages asked for are more than the cache holds at once: ask for fewer."""
+
+
+# Raised with the books in order.
+_EXPECTED = (DoesNotFitError, TrajstoreError)
 
 
 @dataclass
@@ -167,7 +169,8 @@ class PageCache:
         self._variable: VariablePages | None = None
         self._schema = Schema()
         self._tick = 0
-        self._leases: set[int] = set()
+        self._leases: dict[int, int] = {}  # ticks, and the threads that hold them: each at most one
+        self._broken = False  # Ctrl-C broke off in the middle of the bookkeeping
         self._line: collections.deque[object] = collections.deque()  # of those who wait for leases to end
         self._stats = CacheStats()
 
@@ -278,27 +281,27 @@ class PageCache:
             CorruptionError: A page is not what was written.
             StorageError: The disk or bucket failed.
         """
-        first = not counted
         while True:
-            with self._lock:
-                claim = None if self._line else self._claim(demands, alone=alone)
-                if claim is None:
-                    claim = self._claim_in_turn(demands, alone=alone)
-                if first:
-                    self._count(claim)
-                    first = False
-            if claim.complete:
-                return Lease(self, claim.tick, claim.starts)
+            claim: _Claim | None = None
             try:
-                self._load(claim.mine)
+                with self._lock:
+                    claim = None if self._line or self._broken else self._claim(demands, alone=alone)
+                    if claim is None:
+                        claim = self._claim_in_turn(demands, alone=alone)
+                    if not counted:
+                        self._count(claim)
+                        counted = True
+                if claim.complete:
+                    return Lease(self, claim.tick, claim.starts)
+                self._load(claim)
                 with self._lock:
                     while any((group.row_of_page[pages] == LOADING).any() for group, pages in claim.theirs):
                         self._wait("a page that another thread reads")
                     starts = [demand.group.row_of_page[demand.numbers()] for demand in demands]
                     if all(int(found.min()) >= 0 for found in starts):
                         return Lease(self, claim.tick, starts)
-            except BaseException:
-                self._release(claim.tick)
+            except BaseException as error:
+                self._give_up(claim, error)
                 raise
             self._release(claim.tick)  # the other thread failed: try it here
 
@@ -414,7 +417,15 @@ class PageCache:
 
     def _release(self, tick: int) -> None:
         with self._lock:
-            self._leases.discard(tick)
+            self._leases.pop(tick, None)
+            self._condition.notify_all()
+
+    def _give_up(self, claim: _Claim | None, error: BaseException) -> None:
+        with self._lock:
+            for tick in [tick for tick, thread in self._leases.items() if thread == threading.get_ident()]:
+                del self._leases[tick]
+            if not (isinstance(error, _EXPECTED) if claim is None else claim.settled):
+                self._broken = True
             self._condition.notify_all()
 
     def _unreserve(self, names: Sequence[str]) -> None:
@@ -423,12 +434,12 @@ class PageCache:
                 if name in self._users:
                     self._users[name] -= 1
 
-    def _load(self, missing: Sequence[_Pages]) -> None:
+    def _load(self, claim: _Claim) -> None:
         """Read pages into the extents that were taken for them; publish them, or give the extents back."""
         loaded = False
         nbytes = 0
         try:
-            wanted = [(group, page) for group, pages in missing for page in pages.tolist()]
+            wanted = [(group, page) for group, pages in claim.mine for page in pages.tolist()]
             requests = [self._request(group, page) for group, page in wanted]
             self._fetcher.fetch(requests)
             if self.device.type != "cpu":
@@ -437,7 +448,7 @@ class PageCache:
             loaded = True
         finally:
             with self._lock:
-                for group, pages in missing:
+                for group, pages in claim.mine:
                     for page in pages.tolist():
                         group.end_load(page, loaded=loaded)
                         nbytes += int(group.extent_of_page[page]) * group.row_bytes
@@ -445,6 +456,7 @@ class PageCache:
                     self._stats.pages_read += len(requests)
                     self._stats.bytes_read += sum(int(r.source.nbytes[r.page]) for r in requests)
                     self._stats.bytes_decoded += nbytes
+                claim.settled = True
                 self._condition.notify_all()
 
     def _request(self, group: PageGroup, page: int) -> PageRequest:
@@ -490,15 +502,15 @@ class PageCache:
         for group, pages in wanted:
             group.last_use[pages] = tick
         if all(int(found.min()) >= 0 for found in starts):
-            self._leases.add(tick)
-            return _Claim(tick, starts, [], [])
+            self._leases[tick] = threading.get_ident()
+            return _Claim(tick, starts, [], [], complete=True, settled=True)
         if alone and not self._leases:
             for group, _ in wanted:
                 collections.deque(self._evicting(group, tick + 1), maxlen=0)
         mine, theirs = _missing(wanted)
         if self._make_room(mine, tick):
-            self._leases.add(tick)
-            return _Claim(tick, starts, mine, theirs)
+            self._leases[tick] = threading.get_ident()
+            return _Claim(tick, starts, mine, theirs, complete=False, settled=False)
         if self._leases:
             return None
         if alone:
@@ -511,8 +523,11 @@ class PageCache:
     def _claim_in_turn(self, demands: Sequence[Demand], *, alone: bool) -> _Claim:
         """The same, when there is room; whoever holds pages is only reading or copying them."""
         with self._turn():
-            while (claim := self._claim(demands, alone=alone)) is None:
-                self._wait("room in the page cache")
+            while self._broken or (claim := self._claim(demands, alone=alone)) is None:
+                if self._broken and not self._leases:
+                    self._provide({}, {})  # anew: what the arenas hold and what is free can no longer be told apart
+                else:
+                    self._wait("room in the page cache")
             return claim
 
     def _count(self, claim: _Claim) -> None:
@@ -534,10 +549,13 @@ class PageCache:
             rows = {n: max(largest.get(n, 1), self._groups[n].largest if n in self._groups else 1) for n in wanted}
             capacities = self._capacities(wanted, rows)
             fits = sum(group.capacity_bytes for group in self._groups.values()) <= self._arena_bytes
-            if fits and all(self._serves(name, need, rows[name], capacities[name]) for name, need in wanted.items()):
+            serve = fits and all(self._serves(n, need, rows[n], capacities[n]) for n, need in wanted.items())
+            if serve and not self._broken:
                 return
             if not self._leases:
+                self._broken = True  # until it is done
                 self._divide(wanted, rows, capacities)
+                self._broken = False
                 return
             self._wait_for_leases()
 
@@ -567,17 +585,15 @@ class PageCache:
 
     def _divide(self, needs: Mapping[str, Need], largest: Mapping[str, int], capacities: Mapping[str, int]) -> None:
         """Make arenas anew. Nothing stays resident but what must."""
-        self._needs = dict(needs)
         kept = {name: _pinned_pages(group) for name, group in self._groups.items()}
-        before, self._groups = self._groups, {}
+        groups = {}
+        for group in self._groups.values():
+            group.free()  # before more memory is asked for
         for name, capacity in capacities.items():
-            group = before.pop(name, None)
-            if group is None:
-                group = PageGroup(name, needs[name].columns, self.device)
+            group = self._groups.get(name) or PageGroup(name, needs[name].columns, self.device)
             group.columns = needs[name].columns
             group.largest = largest[name]
             group.know_segments(len(self._entries))
-            group.free()  # before more memory is asked for
             group.allocate(capacity)
             for page, data in kept.get(name, {}).items():
                 start = group.extents.take(int(group.extent_of_page[page]))
@@ -589,7 +605,8 @@ class PageCache:
                 group.row_of_page[page] = start
                 for path, rows_of_page in data.items():
                     group.arenas[path][start : start + len(rows_of_page)].copy_(rows_of_page)
-            self._groups[name] = group
+            groups[name] = group
+        self._needs, self._groups = dict(needs), groups
 
     def _make_room(self, missing: Sequence[_Pages], tick: int) -> bool:
         """Take an extent for every page, evicting others; all or none."""

@@ -54,7 +54,7 @@ class LocalFilesystem(Filesystem):
         self.description = root
         self.single_writer = single_writer
         self._workers = Workers(threads, name="trajstore-disk")
-        self._files = OpenFiles()
+        self._open_files = OpenFiles()
         self._known_directories: set[str] = set()
         self._synced_in_root: set[str] = set()
         self._ancestors_synced = False
@@ -70,7 +70,7 @@ class LocalFilesystem(Filesystem):
     def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         """Straight into memory, by one system call."""
         with self.errors(key):
-            file = self._files.get(self._path(key))
+            file = self._open_files.get(self._path(key))
             expected = sum(len(buffer) for buffer in buffers)
             found = os.preadv(file.number, buffers, start)
             if found < expected:
@@ -178,7 +178,7 @@ class LocalFilesystem(Filesystem):
     def close(self) -> None:
         """End the threads, close files."""
         self._workers.close()
-        self._files.close()
+        self._open_files.close()
 
     def _path(self, key: str) -> str:
         return os.path.join(self.root, *key.split("/"))
@@ -193,7 +193,7 @@ class LocalFilesystem(Filesystem):
 
     def _read_run(self, run: ReadRun) -> Buffer:
         with self.errors(run.key):
-            file = self._files.get(self._path(run.key))
+            file = self._open_files.get(self._path(run.key))
             data = os.pread(file.number, run.stop - run.start, run.start)
             while len(data) < run.stop - run.start:  # one pread returns 2 GiB at most
                 more = os.pread(file.number, run.stop - run.start - len(data), run.start + len(data))
