@@ -117,7 +117,8 @@ def block_shuffle(context: Context) -> Iterator[Measurement]:
     path = context.scratch / "blocks"
     write_store(str(path), rollouts, only=[IMAGE])
     steps = int(rollouts.lengths.sum())
-    with trajstore.open(path, cache_bytes=steps * ROW_BYTES // 4) as store:
+    cache_bytes = steps * ROW_BYTES // 4
+    with trajstore.open(path, cache_bytes=cache_bytes) as store:
         sources = page_sources(store)
         view = store.trajectories
         drop_file_cache(path)
@@ -125,7 +126,11 @@ def block_shuffle(context: Context) -> Iterator[Measurement]:
         with (
             recorded_reads(store) as reads,
             view.loader(
-                256, columns=[IMAGE, "trajectory", "step"], order="shuffle", block_bytes=1 << 20, prefetch=PREFETCH
+                256,
+                columns=[IMAGE, "trajectory", "step"],
+                order="shuffle",
+                block_bytes=cache_bytes // 32,
+                prefetch=PREFETCH,
             ) as loader,
         ):
             for batch in loader:

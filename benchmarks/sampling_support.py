@@ -199,7 +199,7 @@ def drop_file_cache(folder: Path) -> None:
 def recorded_reads(store: trajstore.Store) -> Iterator[list[ReadRun]]:
     """Every range of step data that a store reads during the block, in order of completion."""
     filesystem: Any = store._filesystem
-    plain = filesystem.read_runs
+    plain, straight = filesystem.read_runs, filesystem.read_into
     seen: list[ReadRun] = []
 
     def read_runs(runs: Sequence[ReadRun]) -> Any:
@@ -207,11 +207,15 @@ def recorded_reads(store: trajstore.Store) -> Iterator[list[ReadRun]]:
         seen.extend(runs)  # once they are read: at any moment these are the finished ones
         return found
 
-    filesystem.read_runs = read_runs
+    def read_into(key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        straight(key, start, buffers)
+        seen.append(ReadRun(key, start, start + sum(len(buffer) for buffer in buffers), (0,)))
+
+    filesystem.read_runs, filesystem.read_into = read_runs, read_into
     try:
         yield seen
     finally:
-        del filesystem.read_runs
+        del filesystem.read_runs, filesystem.read_into
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def page_sources(store: trajstore.Store) -> dict[str, PageSource]:
     view = store.trajectories
     found = {}
     for entry in view._table.segments:
-        reader = store._readers.open(entry, view.schema)
+        reader = store._access.readers.open(entry, view.schema)
         for source in reader.sources.values():
             found[layout.segment_key(entry.uuid, source.object)] = source
     return found

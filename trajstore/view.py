@@ -107,10 +107,11 @@ class View(Sequence["Trajectory"]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the store again: only index arrays travel."""
-        if len(self._selection.committed()) < len(self):
+        growth = self._table.growth
+        if growth is not None and (self._rows >= len(growth.base)).any():
             raise SelectionError(
-                "a view of trajectories that are not yet committed cannot go to another process: flush() the store and take "
-                "the view again"
+                "a view of trajectories that were not yet committed when it was taken cannot go to another process: flush() "
+                "the store and take the view again"
             )
         return self._access.reopening(), (self.version, self._rows)
 

@@ -70,5 +70,5 @@ def aligned(nbytes: int) -> int:
 
 def _memory(nbytes: int, *, pinned: bool) -> torch.Tensor:
     if pinned:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)  # whatever the default device is
     return torch.from_numpy(np.empty(nbytes, np.uint8))

@@ -29,6 +29,7 @@ from trajstore.stored import Array, ragged_values, to_user
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PARALLEL_BYTES = 4 << 20
+_NONE = np.empty(0, np.int64)
 _METADATA_DTYPES = {"bool": torch.bool, "int64": torch.int64, "float64": torch.float64, "timestamp": torch.int64}
 
 
@@ -123,6 +124,8 @@ class Gatherer:
         self._terminated = selection.terminated if spec.n_step is not None else None
         self.stored_values = tuple(self._value(o, torch_dtype(o.source)) for o in self._stored)  # type: ignore[arg-type]
         self.computed_values = tuple(self._computed_values())
+        # Plain windows of stored columns need not know how long their trajectories are.
+        self._needs_lengths = bool(self.computed_values) or any(o.future is not None for o in spec.outputs)
 
     def close(self) -> None:
         """The cache need not keep its arenas for this any longer. May be called twice."""
@@ -145,7 +148,8 @@ class Gatherer:
 
     def warm(self, windows: Windows) -> bool:
         """Have the pages of windows read, as far as they fit; they are gathered soon. Whether they were counted."""
-        lookups = self._lookups(self._rows(windows), self.selection.rows[windows.trajectories])
+        table_rows = self.selection.rows[windows.trajectories]
+        lookups = self._lookups(self._rows(windows, self.selection.table.length[table_rows]), table_rows)
         try:
             if lookups:
                 self._cache.acquire([Demand(k.group, k.segments, k.pages) for k in lookups]).release()
@@ -176,15 +180,17 @@ class Gatherer:
         Returns:
             What is no tensor: object arrays, and pairs of values and offsets for ragged columns.
         """
-        rows = self._rows(windows)
         table_rows = self.selection.rows[windows.trajectories]
-        self._compute(windows, rows, computed, first)
+        lengths = self.selection.table.length[table_rows] if self._needs_lengths else _NONE
+        rows = self._rows(windows, lengths)
+        if self.computed_values:
+            self._compute(windows, rows, lengths, computed, first)
         lookups = self._lookups(rows, table_rows)
         if lookups:
             self._copy(lookups, stored, first, 0, len(windows), counted=warmed, on_resident=on_resident)
         if self.spec.pad == "zero":
             for output in self._stored:
-                outside = rows[_key(output)].outside
+                outside = rows[output.key].outside
                 if outside is not None and outside.any():
                     mask = torch.from_numpy(outside.reshape(-1)).to(self.device)
                     stored.rows(output, first, first + len(windows))[mask] = 0
@@ -225,11 +231,10 @@ class Gatherer:
 
     # Planning
 
-    def _rows(self, windows: Windows) -> dict[Any, _Rows]:
-        lengths = self.selection.table.length[self.selection.rows[windows.trajectories]]
+    def _rows(self, windows: Windows, lengths: Array) -> dict[Any, _Rows]:
         planned: dict[Any, _Rows] = {}
         for output in self.spec.outputs:
-            key = _key(output)
+            key = output.key
             if key not in planned:
                 planned[key] = self._relative(output, windows, lengths)
         return planned
@@ -259,7 +264,7 @@ class Gatherer:
         for output in self._stored:
             assert isinstance(output.source, Column)
             group = self._cache.group(group_name(output.source))
-            key = (group.name, _key(output))
+            key = (group.name, output.key)
             if key in found:
                 found[key].outputs.append(output)
                 continue
@@ -272,9 +277,13 @@ class Gatherer:
                         f"column {output.source.path!r} is missing from the page index of a segment whose manifest names it"
                     )
             first = starts + table.ordinal[table_rows] if output.extra else starts
-            absolute = rows[_key(output)].relative + first[:, None]
-            pages = absolute >> group.shift[segments][:, None]
-            absolute &= group.mask[segments][:, None]
+            absolute = rows[output.key].relative + first[:, None]
+            if group.common_shift is not None and group.common_shift >= 0:
+                pages = absolute >> group.common_shift
+                absolute &= (1 << group.common_shift) - 1
+            else:
+                pages = absolute >> group.shift[segments][:, None]
+                absolute &= group.mask[segments][:, None]
             found[key] = _Lookup(group, segments, pages, absolute, [output])
         return list(found.values())
 
@@ -350,21 +359,22 @@ class Gatherer:
     def _is_reward(self, output: Output) -> bool:
         return self.spec.n_step is not None and output.name == "reward"
 
-    def _compute(self, windows: Windows, rows: Mapping[Any, _Rows], computed: Target, first: int) -> None:
+    def _compute(
+        self, windows: Windows, rows: Mapping[Any, _Rows], lengths: Array, computed: Target, first: int
+    ) -> None:
         data = computed.data.numpy()
 
         def put(name: str, values: Array) -> None:
             target = computed.block.array(data, name)[first : first + len(windows)]
             target.reshape(-1).view(values.dtype).reshape(values.shape)[...] = values
 
-        lengths = self.selection.table.length[self.selection.rows[windows.trajectories]]
         for output in self._fields:
             if self._per_trajectory[output.name].dtype == object:
                 continue
-            values = self._virtual(output, windows, rows[_key(output)], lengths)
+            values = self._virtual(output, windows, rows[output.key], lengths)
             put(output.name, values)
         for name, output in self._pad_masks().items():
-            planned = rows[_key(output)] if name != "is_pad" else self._relative(output, windows, lengths)
+            planned = rows[output.key] if name != "is_pad" else self._relative(output, windows, lengths)
             outside = planned.outside
             put(name, np.zeros(planned.relative.shape, bool) if outside is None else outside)
         returns = self.spec.n_step
@@ -438,7 +448,7 @@ class Gatherer:
                 values = np.broadcast_to(per_trajectory[windows.trajectories][:, None], shape).copy()
                 found[output.name] = values[:, 0] if output.squeezed else values
         for output in self._texts:
-            found[output.name] = self._text(output, rows[_key(output)], table_rows)
+            found[output.name] = self._text(output, rows[output.key], table_rows)
         return found
 
     def _text(self, output: Output, rows: _Rows, table_rows: Array) -> Any:
@@ -513,11 +523,6 @@ class Gatherer:
 
 # Not for users: how many rewards each return has; the return is computed from it on the device.
 REWARDS = "n_step rewards"
-
-
-def _key(output: Output) -> Any:
-    """Outputs with the same key read the same rows."""
-    return output.offsets.tobytes(), output.extra, output.bootstrap, output.name if output.future else ""
 
 
 def _draw_ahead(ahead: Array, uniforms: Array, further: Future) -> Array:

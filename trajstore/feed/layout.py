@@ -68,29 +68,24 @@ class Block:
     def __init__(self, values: Sequence[Value], windows: int) -> None:
         self.windows = windows
         self.values = tuple(values)
-        self.offsets: dict[str, int] = {}
+        self.places: dict[str, slice] = {}  # bytes of each value
         self.nbytes = 0
         for value in self.values:
-            self.offsets[value.name] = self.nbytes
-            self.nbytes = aligned(self.nbytes + windows * value.window_bytes)
+            stop = self.nbytes + windows * value.window_bytes
+            self.places[value.name] = slice(self.nbytes, stop)
+            self.nbytes = aligned(stop)
 
     def rows(self, data: torch.Tensor, name: str, row_bytes: int) -> torch.Tensor:
         """The memory of a value as ``(rows, row_bytes)`` uint8."""
-        start = self.offsets[name]
-        value = next(v for v in self.values if v.name == name)
-        return data[start : start + self.windows * value.window_bytes].view(-1, row_bytes)
+        return data[self.places[name]].view(-1, row_bytes)
 
     def array(self, data: Array, name: str) -> np.ndarray[Any, Any]:
         """The memory of a value as bytes, ``(windows, window_bytes)`` uint8."""
-        start = self.offsets[name]
-        value = next(v for v in self.values if v.name == name)
-        return data[start : start + self.windows * value.window_bytes].reshape(self.windows, value.window_bytes)
+        return data[self.places[name]].reshape(self.windows, -1)
 
     def tensors(self, data: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views of all values, ``[windows, *shape]`` each."""
         out = {}
         for value in self.values:
-            start = self.offsets[value.name]
-            flat = data[start : start + self.windows * value.window_bytes].view(value.dtype)
-            out[value.name] = flat.view(self.windows, *value.shape)
+            out[value.name] = data[self.places[value.name]].view(value.dtype).view(self.windows, *value.shape)
         return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+import pickle
 import threading
 import time
 import warnings
@@ -149,8 +150,9 @@ class Loader(IterableDataset[Batch]):
         with self._taking:
             self._check_usable()
             batches = self._ahead.batches or self._fetch()
-            if self._arrival is not None:
-                self._arrival.receive()
+            arrival = self._arrival
+            if arrival is not None:
+                arrival.receive()
             batch = batches.popleft()
         return batch if self._converted is None else self._converted(batch)
 
@@ -246,7 +248,8 @@ class Loader(IterableDataset[Batch]):
         self._ended = count is not None and self._received > 0 and self._received % count == 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"build": self._build, "options": self._options, "received": self._received}
+        build = self._build if isinstance(self._build, _Packed) else _Packed(pickle.dumps(self._build))
+        return {"build": build, "options": self._options, "received": self._received}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._build, self._options = state["build"], state["options"]
@@ -308,6 +311,7 @@ class Loader(IterableDataset[Batch]):
         """Give up what is ahead of the consumer; a thread that hangs is left to itself."""
         source, self._source = self._source, None
         finalizer, self._finalizer = self._finalizer, None
+        self._arrival = None  # which keeps the memory of its batches
         # A new one: another thread may be about to take of the old one.
         self._ahead = _Ahead(self._received, collections.deque())
         if finalizer is not None:
@@ -342,6 +346,20 @@ class Loader(IterableDataset[Batch]):
 def _summed(caches: Iterable[PageCache]) -> CacheStats:
     counters = zip(*(dataclasses.astuple(cache.stats()) for cache in caches), strict=True)
     return CacheStats(*map(sum, counters))
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """How to make a pipeline, on its way to another process.
+
+    A store that cannot be opened there is an error of whoever needs it: a process that is still starting would die of it.
+    """
+
+    data: bytes  # pickled by this process or its parent, never read from a store
+
+    def __call__(self) -> Pipeline:
+        build: Callable[[], Pipeline] = pickle.loads(self.data)  # noqa: S301 - see above
+        return build()
 
 
 class _Maker:

@@ -29,6 +29,7 @@ from trajstore.feed.gather import Gatherer
 from trajstore.feed.layout import Value
 from trajstore.feed.options import LoaderOptions
 from trajstore.feed.plan import Drawn, FollowPlanner, OrderPlanner, Planner, PriorityPlanner, Share
+from trajstore.read.arena import with_index
 from trajstore.read.cache import PageCache
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.selection import Selection
@@ -104,7 +105,7 @@ class Pipeline:
                 self.spec,
                 self._gatherers,
                 extra=extra if options.order == "prioritized" else (),
-                device=None if options.device is None else torch.device(options.device),
+                device=None if options.device is None else with_index(options.device),
                 keep_buffers=options.prefetch + 2,
             )
         except BaseException:

@@ -6,12 +6,16 @@ own: its cache's lock guards everything here but the rows themselves, which belo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from trajstore.errors import SelectionError
 from trajstore.format import layout
 from trajstore.read.extents import Extents, extent_rows
 from trajstore.schema import Column
@@ -57,6 +61,7 @@ class PageGroup:
         self.name = name
         self.columns = tuple(columns)
         self.device = device
+        self._stream: Any = None
         self.extents = Extents(1, largest=1)
         self.arenas: dict[str, torch.Tensor] = {}  # (capacity, row_bytes) uint8 by column
         self._arrays: dict[str, Array] = {}  # the same memory, if it is main memory
@@ -73,6 +78,7 @@ class PageGroup:
         self.base = np.empty(0, np.int64)  # its first page; -1 while its page index has not been read
         self.shift = np.empty(0, np.int64)
         self.mask = np.empty(0, np.int64)
+        self.common_shift: int | None = None  # of all segments so far, if it is the same; -1 if it is not
 
     @property
     def row_bytes(self) -> int:
@@ -125,6 +131,10 @@ class PageGroup:
         self.shift[number] = geometry.shift
         self.mask[number] = (1 << geometry.shift) - 1
         self.base[number] = first
+        if self.common_shift is None or self.common_shift == geometry.shift:
+            self.common_shift = geometry.shift
+        else:
+            self.common_shift = -1
 
     def pages_of(self, number: int) -> Array:
         """The group's numbers of a segment's pages, ``(n,)`` int64."""
@@ -167,8 +177,17 @@ class PageGroup:
 
     def upload(self, start: int, staged: Mapping[str, Array]) -> None:
         """Copy a page to its place on the device; when this returns it is there."""
-        for path, rows in staged.items():
-            self.arenas[path][start : start + len(rows)].copy_(torch.from_numpy(rows))
+        with self._upload_stream():
+            for path, rows in staged.items():
+                self.arenas[path][start : start + len(rows)].copy_(torch.from_numpy(rows))
+
+    def _upload_stream(self) -> AbstractContextManager[Any]:
+        """A stream of its own on a CUDA device: the default one would wait for whatever the consumer has queued there."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._stream)
 
     def begin_load(self, page: int, start: int) -> None:
         """An extent was taken for a page."""
@@ -222,7 +241,26 @@ class Need:
 def _arena(rows: int, row_bytes: int, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":  # NumPy asks for huge pages, which makes random access to small rows faster
         return torch.from_numpy(np.empty((rows, row_bytes), np.uint8))
-    return torch.empty((rows, row_bytes), dtype=torch.uint8, device=device)
+    with torch.inference_mode(mode=False):  # else only code in inference mode could fill it
+        arena = torch.empty((rows, row_bytes), dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        # The memory may be that of a tensor which kernels of this stream still use; other streams are about to fill it.
+        torch.cuda.current_stream(device).synchronize()
+    return arena
+
+
+def with_index(device: torch.device | str) -> torch.device:
+    """The same device, a CUDA device with its index: which one is current differs between threads.
+
+    Raises:
+        SelectionError: PyTorch finds no CUDA device.
+    """
+    found = torch.device(device)
+    if found.type != "cuda":
+        return found
+    if not torch.cuda.is_available():
+        raise SelectionError(f"device {str(device)!r}: PyTorch {torch.__version__} finds no CUDA device here; leave it out")
+    return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def _grown(array: Array, count: int, fill: int) -> Array:

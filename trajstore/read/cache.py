@@ -23,7 +23,7 @@ import torch
 
 from trajstore.errors import CacheTooSmallError, CorruptionError, StorageTimeoutError, TrajstoreError
 from trajstore.format.manifest import SegmentEntry
-from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup
+from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup, with_index
 from trajstore.read.division import Claim, divide
 from trajstore.read.extents import extent_rows
 from trajstore.read.fetch import PageFetcher, PageRequest
@@ -156,7 +156,7 @@ class PageCache:
         self, nbytes: int, readers: SegmentReaders, fetcher: PageFetcher, *, device: torch.device | str = "cpu"
     ) -> None:
         self.nbytes = nbytes
-        self.device = torch.device(device)
+        self.device = with_index(device)
         self._fetcher = fetcher
         self._readers = readers
         self._lock = threading.RLock()  # entered by itself: Ctrl-C in a condition's own __exit__ would leave it locked

@@ -84,7 +84,12 @@ class Output:
     bootstrap: bool = False
     future: Future | None = None
 
-    @property
+    @cached_property
+    def key(self) -> tuple[bytes, int, bool, str]:
+        """Outputs with the same key read the same rows."""
+        return self.offsets.tobytes(), self.extra, self.bootstrap, self.name if self.future else ""
+
+    @cached_property
     def extra(self) -> int:
         """Rows that the source has beyond one per step."""
         return self.source.extra if isinstance(self.source, Column) else 0
@@ -195,6 +200,11 @@ class WindowSpec:
         return self.n_step is not None and output.name == "reward"
 
 
+# Anchors from which a table of where to begin costs less than searching.
+_GUIDED_FROM = 1024
+_GUIDED_STEPS = 4
+
+
 class AnchorIndex:
     """The anchors of trajectories, numbered one trajectory after the other.
 
@@ -208,6 +218,8 @@ class AnchorIndex:
         self.ends = self._room  # (n,) int64, anchors up to and including each trajectory
         self._first = first
         self._extended = False
+        self._guide: Array | None = None  # (buckets,) int32: a trajectory at or before that of each bucket's anchors
+        self._guide_shift = 0
         self._chosen: Array | None = None  # (m,) int64, sorted: those that are left of a restricted index
 
     def __len__(self) -> int:
@@ -273,10 +285,29 @@ class AnchorIndex:
         """
         if self._chosen is not None:
             anchors = self._chosen[anchors]
-        trajectory = np.searchsorted(self.ends, anchors, side="right")
+        trajectory = self._trajectories(anchors)
         before = self.ends[trajectory - 1]
         before[trajectory == 0] = 0
         return trajectory, anchors - before + self._first
+
+    def _trajectories(self, anchors: Array) -> Array:
+        """Positions in the view, ``(k,)`` int64. Few are searched for; for many a table says where to begin to look."""
+        if len(anchors) < _GUIDED_FROM or self._extended or len(self._room) != len(self.ends):
+            return np.searchsorted(self.ends, anchors, side="right")
+        if self._guide is None:
+            total = int(self.ends[-1])
+            self._guide_shift = max((total // len(self.ends)).bit_length() - 1, 0)
+            begins = np.arange((total >> self._guide_shift) + 1, dtype=np.int64) << self._guide_shift
+            self._guide = np.searchsorted(self.ends, begins, side="right").astype(np.int32)
+        found: Array = self._guide[anchors >> self._guide_shift].astype(np.int64)
+        behind = np.flatnonzero(self.ends[found] <= anchors)
+        for _ in range(_GUIDED_STEPS):
+            if not len(behind):
+                return found
+            found[behind] += 1
+            behind = behind[self.ends[found[behind]] <= anchors[behind]]
+        found[behind] = np.searchsorted(self.ends, anchors[behind], side="right")
+        return found
 
 
 def check_pad(pad: str) -> Pad:
