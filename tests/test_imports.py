@@ -18,6 +18,7 @@ LAYERS = [
     {"sample"},
     {"feed"},
     {"interop"},
+    {"trajectory", "follows"},
     {"view", "mix"},
     {"store"},
     {"report", "gym"},

@@ -45,11 +45,12 @@ from trajstore.errors import (
 )
 from trajstore.feed.loader import Loader, LoaderStats
 from trajstore.mix import Mix, mix
-from trajstore.read.cache import CacheStats
+from trajstore.read.leases import CacheStats
 from trajstore.sample.window import future
 from trajstore.schema import Column, Schema
 from trajstore.store import Store, open
-from trajstore.view import Trajectory, TrajectoryColumn, View
+from trajstore.trajectory import Trajectory, TrajectoryColumn
+from trajstore.view import View
 from trajstore.write.batch import TrajectoryRef
 from trajstore.write.episode import Episode
 

@@ -11,10 +11,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from trajstore.feed.measure import Pace, SamplingMeasurement
-from trajstore.read.cache import CacheStats
+from trajstore.read.leases import CacheStats
 from trajstore.read.usage import StoreUsage
 from trajstore.store import Store
-from trajstore.view import Trajectory, View
+from trajstore.trajectory import Trajectory
+from trajstore.view import View
 
 
 def usage_json(store: Store, usage: StoreUsage) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from trajstore.errors import (
     UnsupportedStorageError,
     VersionExpiredError,
 )
+from trajstore.follows import Follows
 from trajstore.format import layout
 from trajstore.format.codecs import check_preset
 from trajstore.format.snapshot import StoreDocument
@@ -39,7 +40,7 @@ from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import Workers
 from trajstore.stored import Array
-from trajstore.view import Follows, View
+from trajstore.view import View
 from trajstore.write.batch import TrajectoryRef, WriteOptions
 from trajstore.write.episode import Episode
 from trajstore.write.writer import Writer

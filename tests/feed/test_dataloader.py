@@ -129,6 +129,7 @@ def test_forked_workers_are_told_to_spawn(view):
     assert next(loader)["action"].shape == (5,)
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_worker_is_raised_with_its_own_type(tmp_path):
     with trajstore.open(tmp_path / "s", "x", schema=SCHEMA) as store:
         fill(store)
@@ -172,6 +173,17 @@ def test_a_pickled_loader_opens_nothing_before_it_is_used(view, folder):
     unused.close()
     with pytest.raises(trajstore.ClosedError):
         next(unused)
+
+
+def test_a_store_that_is_gone_is_said_by_the_loader_that_needs_it(tmp_path):
+    with trajstore.open(tmp_path / "s", "x", schema=SCHEMA) as store:
+        fill(store)
+        store.flush()
+        loader = pickle.loads(pickle.dumps(store.trajectories.loader(5)))
+    (tmp_path / "s" / "trajstore.json").unlink()
+    again = pickle.loads(pickle.dumps(loader))  # on to a third process
+    with pytest.raises(trajstore.StoreNotFoundError, match="check the path"):
+        next(again)
 
 
 def test_a_relative_path_means_the_same_place_elsewhere(tmp_path, monkeypatch):

@@ -443,7 +443,7 @@ def _hammer(folder, seed, max_bytes, connection):
     cache = DiskCache(folder, max_bytes=max_bytes)
     connection.send("ready")
     connection.recv()
-    for _ in range(150):
+    for _ in range(80):
         names = [name(n, 3000 + 50 * n) for n in (min(int(rng.expovariate(0.01)), 400) for _ in range(6))]
         found = cache.get_many(names)
         for page, data in zip(names, found, strict=True):
@@ -564,6 +564,7 @@ def _put_for_ever(folder):
         put(cache, number % 200)
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_time(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=_put_for_ever, args=(tmp_path,))
     process.start()

@@ -16,8 +16,8 @@ import torch
 
 from trajstore.feed.buffers import Buffer, BufferPool
 from trajstore.feed.cuda import Arrival, DeviceCopier
-from trajstore.feed.gather import REWARDS, Gatherer, Target, Windows
-from trajstore.feed.layout import Block, Value
+from trajstore.feed.gather import REWARDS, Gatherer, Windows
+from trajstore.feed.layout import Block, Target, Value
 from trajstore.sample.window import NStep, WindowSpec
 from trajstore.stored import Array
 
@@ -44,7 +44,7 @@ class Assembler:
         spec: What a window holds.
         gatherers: One for each view of a mix; their values agree.
         extra: Further values, given with the windows.
-        device: Where batches go; None for main memory.
+        device: Where batches go; None for where rows are gathered.
         keep_buffers: Free output buffers kept.
     """
 
@@ -64,10 +64,12 @@ class Assembler:
         # On a device, rows are gathered into its own memory, and only what is computed here is copied to it.
         self._device_values = stored if self._resident.type != "cpu" else ()
         self._host_values = computed if self._resident.type != "cpu" else (*stored, *computed)
-        self._device = device
-        self._copier = DeviceCopier(device) if device is not None and device.type == "cuda" else None
+        self._device = device or self._resident
+        self._to_cuda = self._device.type == "cuda"
+        cuda = next((d for d in (self._device, self._resident) if d.type == "cuda"), None)
+        self._copier = None if cuda is None else DeviceCopier(cuda)
         self._blocks: dict[int, tuple[Block, Block]] = {}
-        self.buffers = BufferPool(keep_buffers, pinned=self._copier is not None)
+        self.buffers = BufferPool(keep_buffers, pinned=self._to_cuda)
 
     @property
     def window_bytes(self) -> int:
@@ -121,21 +123,19 @@ class Assembler:
     def _finish(
         self, host: Block, buffer: Buffer, resident: Target | None, objects: Mapping[str, Any], sizes: Sequence[int]
     ) -> Lot:
-        data = buffer.tensor
-        if self._copier is not None:
-            data = self._copier.copy(buffer)
-        elif self._device is not None:
-            data = data.to(self._device)
+        copier = self._copier if self._to_cuda else None
+        data = buffer.tensor.to(self._device) if copier is None else copier.copy(buffer)
         tensors = host.tensors(data)
         memory = [data]
         if resident is not None:
-            moved = resident.data if self._device is None else resident.data.to(self._device)
+            moved = resident.data.to(self._device)
             tensors = {**resident.block.tensors(moved), **tensors}
             memory.append(moved)
+        objects = {name: _moved(value, self._device, memory) for name, value in objects.items()}
         if self._spec.n_step is not None:
             tensors["reward"] = discounted_sum(tensors["reward"], tensors.pop(REWARDS), self._spec.n_step)
             memory.append(tensors["reward"])
-        arrival = self._copier.arrival(memory) if self._copier is not None else None
+        arrival = None if copier is None else copier.arrival(memory)
         if len(sizes) == 1:
             return Lot([_nested({**tensors, **objects})], arrival)
         columns = [tensor.split(sizes) for tensor in tensors.values()]  # type: ignore[no-untyped-call]
@@ -162,6 +162,15 @@ def discounted_sum(rewards: torch.Tensor, counts: torch.Tensor, returns: NStep) 
     for step in range(returns.steps):
         total = total + torch.where(counts > step, values[:, step] * returns.gamma**step, 0)
     return total
+
+
+def _moved(value: Any, device: torch.device, memory: list[torch.Tensor]) -> Any:
+    """Values and offsets of a ragged column on the device; anything else as it is."""
+    if not isinstance(value, tuple) or device.type == "cpu":
+        return value
+    parts = [part.to(device) if isinstance(part, torch.Tensor) else part for part in value]
+    memory += [part for part in parts if isinstance(part, torch.Tensor)]
+    return tuple(parts)
 
 
 def _nested(flat: dict[str, Any]) -> Batch:
@@ -192,7 +201,7 @@ def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for _, offsets in values:
             lists.append(offsets[1:] + before)
             before += int(offsets[-1])
-        ends = torch.cat([torch.zeros(1, dtype=torch.int64), *lists])
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *lists])
         rows = [rows for rows, _ in values]
         joined[name] = (torch.cat(rows) if isinstance(rows[0], torch.Tensor) else np.concatenate(rows), ends)
     return joined

@@ -6,7 +6,6 @@ share their pages, and copied by one ``index_select`` per column into memory tha
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from trajstore.errors import CorruptionError, SelectionError
-from trajstore.feed.layout import Block, Value, torch_dtype
+from trajstore.errors import CorruptionError
+from trajstore.feed.fields import field_dtype, trajectory_values
+from trajstore.feed.layout import Target, Value, torch_dtype
 from trajstore.read.arena import Need, PageGroup, group_name
-from trajstore.read.cache import Demand, DoesNotFitError, PageCache, Reservation
+from trajstore.read.cache import PageCache
 from trajstore.read.extents import extent_rows
+from trajstore.read.leases import Demand, DoesNotFitError, Reservation
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.selection import Selection
 from trajstore.read.table import TrajectoryTable
-from trajstore.sample.window import Future, Output, WindowSpec
+from trajstore.sample.window import Output, WindowSpec
 from trajstore.schema import Column
 from trajstore.stored import Array, ragged_values, to_user
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PARALLEL_BYTES = 4 << 20
 _NONE = np.empty(0, np.int64)
-_METADATA_DTYPES = {"bool": torch.bool, "int64": torch.int64, "float64": torch.float64, "timestamp": torch.int64}
 
 
 @dataclass(eq=False)
@@ -70,20 +70,6 @@ class _Lookup:
     outputs: list[Output]
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """Memory that a block describes."""
-
-    block: Block
-    data: torch.Tensor  # (nbytes,) uint8
-
-    def rows(self, output: Output, lo: int, hi: int) -> torch.Tensor:
-        """Memory of an output's rows for windows ``[lo, hi)``, ``(rows, row_bytes)`` uint8."""
-        assert isinstance(output.source, Column)
-        width = len(output.offsets)
-        return self.block.rows(self.data, output.name, output.source.row_bytes)[lo * width : hi * width]
-
-
 class Gatherer:
     """Gathers windows of one selection.
 
@@ -112,7 +98,7 @@ class Gatherer:
         self._stored = [o for o in spec.outputs if isinstance(o.source, Column) and not o.source.is_variable]
         self._texts = [o for o in spec.outputs if isinstance(o.source, Column) and o.source.is_variable]
         self._fields = [o for o in spec.outputs if isinstance(o.source, str)]
-        self._per_trajectory = {o.name: self._trajectory_values(str(o.source), selection) for o in self._fields}
+        self._per_trajectory = {o.name: trajectory_values(str(o.source), selection) for o in self._fields}
         table = selection.table
         self.segments = cache.number_segments(table.segments)  # (segments,) int64, the cache's numbers
         self._check_places(selection.rows)
@@ -223,7 +209,7 @@ class Gatherer:
         if not extended:  # what this handle appended itself lies where it says
             self._check_places(fresh.rows)
         for output in self._fields:
-            values = self._trajectory_values(str(output.source), fresh)
+            values = trajectory_values(str(output.source), fresh)
             kept = self._per_trajectory[output.name]
             self._per_trajectory[output.name] = np.concatenate([kept, values]) if extended else values
         if self._terminated is not None:
@@ -242,7 +228,7 @@ class Gatherer:
     def _relative(self, output: Output, windows: Windows, lengths: Array) -> _Rows:
         if output.future is not None:
             ahead = lengths + output.extra - 1 - windows.steps
-            jump = _draw_ahead(ahead, windows.uniforms[output.name], output.future)
+            jump = output.future.draw(ahead, windows.uniforms[output.name])
             return _Rows((windows.steps + jump)[:, None], None)
         base = windows.steps
         returns = self.spec.n_step
@@ -334,7 +320,7 @@ class Gatherer:
 
     def _computed_values(self) -> list[Value]:
         values = [
-            self._value(output, self._virtual_dtype(str(output.source)))
+            self._value(output, field_dtype(str(output.source), self.selection.schema))
             for output in self._fields
             if self._per_trajectory[output.name].dtype != object
         ]
@@ -407,35 +393,6 @@ class Gatherer:
         if name == "trajectory" and self.spec.pad == "zero" and rows.outside is not None:
             values = np.where(rows.outside, 0, values)
         return values
-
-    def _virtual_dtype(self, name: str) -> torch.dtype:
-        if name in ("terminated", "truncated", "is_first", "is_last"):
-            return torch.bool
-        if name in ("step", "trajectory", "source"):
-            return torch.int64
-        return _METADATA_DTYPES[self.selection.schema.metadata[name]]
-
-    def _trajectory_values(self, name: str, selection: Selection) -> Array:
-        """``(n,)`` one value for each trajectory; empty for columns that need none."""
-        if name in ("terminated", "truncated"):
-            return selection.terminated if name == "terminated" else selection.truncated
-        kind = selection.schema.metadata.get(name)
-        if kind is None:
-            return np.empty(0, np.int64)
-        column = selection.table.values(name, selection.rows)
-        if kind in ("string", "bytes"):
-            values = np.empty(len(column), object)
-            values[:] = column.to_pylist()
-            return values
-        if kind == "float64":
-            return column.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
-        if column.null_count:
-            raise SelectionError(
-                f"metadata field {name!r} is not set for {column.null_count} of {len(column)} trajectories, and {kind} has "
-                f'no value for that; select those that have it: view.filter("{name} == {name}")'
-            )
-        array: Array = column.to_numpy(zero_copy_only=False)
-        return array.astype("datetime64[ns]").view(np.int64) if kind == "timestamp" else array
 
     # Texts and ragged lists
 
@@ -523,17 +480,6 @@ class Gatherer:
 
 # Not for users: how many rewards each return has; the return is computed from it on the device.
 REWARDS = "n_step rewards"
-
-
-def _draw_ahead(ahead: Array, uniforms: Array, further: Future) -> Array:
-    """How far ahead to read: ``1 .. ahead``, geometric and truncated, by inversion; 0 where nothing is ahead."""
-    if further.gamma == 1.0:
-        drawn = np.floor(uniforms * ahead) + 1
-    else:
-        mass = -np.expm1(ahead * math.log(further.gamma))
-        drawn = np.floor(np.log1p(-uniforms * mass) / math.log(further.gamma)) + 1
-    steps: Array = np.minimum(drawn.astype(np.int64), ahead)
-    return steps
 
 
 def _select(arena: torch.Tensor, index: torch.Tensor, target: torch.Tensor) -> None:

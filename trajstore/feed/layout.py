@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from trajstore.feed.buffers import aligned
+from trajstore.sample.window import Output
 from trajstore.schema import Column
 from trajstore.stored import Array
 
@@ -89,3 +90,17 @@ class Block:
         for value in self.values:
             out[value.name] = data[self.places[value.name]].view(value.dtype).view(self.windows, *value.shape)
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Memory that a block describes."""
+
+    block: Block
+    data: torch.Tensor  # (nbytes,) uint8
+
+    def rows(self, output: Output, lo: int, hi: int) -> torch.Tensor:
+        """Memory of an output's rows for windows ``[lo, hi)``, ``(rows, row_bytes)`` uint8."""
+        assert isinstance(output.source, Column)
+        width = len(output.offsets)
+        return self.block.rows(self.data, output.name, output.source.row_bytes)[lo * width : hi * width]

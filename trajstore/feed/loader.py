@@ -28,7 +28,8 @@ from trajstore.feed.pipeline import Pipeline
 from trajstore.feed.prefetch import Inline, Prefetcher
 from trajstore.feed.progress import LoaderProgress
 from trajstore.feed.tensordicts import TensorDictMaker
-from trajstore.read.cache import CacheStats, PageCache
+from trajstore.read.cache import PageCache
+from trajstore.read.leases import CacheStats
 from trajstore.storage.workers import FORKED
 
 _STATE_FORMAT = 1

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from trajstore.errors import SelectionError
 from trajstore.format import layout
 from trajstore.read.extents import Extents, extent_rows
 from trajstore.schema import Column
@@ -250,17 +249,11 @@ def _arena(rows: int, row_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 def with_index(device: torch.device | str) -> torch.device:
-    """The same device, a CUDA device with its index: which one is current differs between threads.
-
-    Raises:
-        SelectionError: PyTorch finds no CUDA device.
-    """
+    """The same device, a CUDA device with its index: which one is current differs between threads."""
     found = torch.device(device)
-    if found.type != "cuda":
+    if found.type != "cuda" or found.index is not None:
         return found
-    if not torch.cuda.is_available():
-        raise SelectionError(f"device {str(device)!r}: PyTorch {torch.__version__} finds no CUDA device here; leave it out")
-    return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _grown(array: Array, count: int, fill: int) -> Array:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup, wit
 from trajstore.read.division import Claim, divide
 from trajstore.read.extents import extent_rows
 from trajstore.read.fetch import PageFetcher, PageRequest
+from trajstore.read.leases import CacheStats, Claimed, Demand, DoesNotFitError, Lease, Pages, Reservation
 from trajstore.read.segment import SegmentReader, SegmentReaders
 from trajstore.read.variable import VariablePages
 from trajstore.schema import Schema
@@ -38,108 +37,8 @@ _SEGMENTS_PROBED = 8
 _WAIT_S = 600.0
 _VARIABLE_PART = 8  # of the cache's bytes, one for strings and lists, if they are read
 
-_Pages: TypeAlias = tuple[PageGroup, Array]  # page numbers of any shape
-
-
-@dataclass(frozen=True, eq=False)
-class Demand:
-    """Pages that are wanted, repeated as they come.
-
-    Attributes:
-        group: Of columns.
-        segments: ``(n,)`` int64, the cache's numbers.
-        pages: ``(n, w)`` int64, pages of that segment.
-    """
-
-    group: PageGroup
-    segments: Array
-    pages: Array
-
-    def numbers(self) -> Array:
-        """``(n, w)``: the group's numbers of the pages, which may change while the lock is not held."""
-        numbers: Array = self.pages + self.group.base[self.segments][:, None]
-        return numbers
-
-
-@dataclass(eq=False, slots=True)
-class _Claim:
-    """A lease, some of whose pages may have to be read."""
-
-    tick: int
-    starts: list[Array]  # for each demand, where its pages are; negative where they are not
-    mine: list[_Pages]  # to be read by whoever has the claim
-    theirs: list[_Pages]  # that other threads are reading
-    complete: bool  # whether all pages are there
-    settled: bool  # whether no extent is taken for a page that is not there
-
-
-class DoesNotFitError(Exception):
-    """The pages asked for are more than the cache holds at once: ask for fewer."""
-
-
 # Raised with the books in order.
 _EXPECTED = (DoesNotFitError, TrajstoreError)
-
-
-@dataclass
-class CacheStats:
-    """What a cache has done. Rows are counted per group of columns that share their pages, window and offset.
-
-    Attributes:
-        hits: Rows that were resident when asked for.
-        misses: Rows whose page had to be read.
-        pages_read: Pages read and decoded.
-        bytes_read: Their stored bytes.
-        bytes_decoded: Their bytes in memory.
-        evictions: Pages given up for others.
-        used_bytes: Bytes of the arenas that hold pages now.
-        capacity_bytes: Bytes of the arenas.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    pages_read: int = 0
-    bytes_read: int = 0
-    bytes_decoded: int = 0
-    evictions: int = 0
-    used_bytes: int = 0
-    capacity_bytes: int = 0
-
-
-class Lease:
-    """Pages that stay where they are until ``release``."""
-
-    __slots__ = ("_cache", "_tick", "starts")
-
-    def __init__(self, cache: PageCache, tick: int, starts: list[Array]) -> None:
-        self._cache = cache
-        self._tick = tick
-        self.starts = starts  # for each demand: the arena row at which each page begins, shaped like the demand
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """The pages may go. May be called twice."""
-        self._cache._release(self._tick)
-
-
-class Reservation:
-    """Arenas that are kept as long as somebody uses them."""
-
-    def __init__(self, cache: PageCache, names: Sequence[str]) -> None:
-        self._cache = cache
-        self._names = names
-        self._pid = os.getpid()
-
-    def release(self) -> None:
-        """They are no longer used. May be called twice."""
-        names, self._names = self._names, []
-        if self._pid == os.getpid():  # in a forked child, whoever held the lock is not there to let go of it
-            self._cache._unreserve(names)
 
 
 class PageCache:
@@ -282,7 +181,7 @@ class PageCache:
             StorageError: The disk or bucket failed.
         """
         while True:
-            claim: _Claim | None = None
+            claim: Claimed | None = None
             try:
                 with self._lock:
                     claim = None if self._line or self._broken else self._claim(demands, alone=alone)
@@ -305,109 +204,6 @@ class PageCache:
                 raise
             self._release(claim.tick)  # the other thread failed: try it here
 
-    def pin_rows(self, number: int, name: str, first: int, rows: Mapping[str, Array], *, page_rows: int) -> bool:
-        """Put rows of a segment that is still being written into pages that stay until ``unpin``.
-
-        Args:
-            number: Of the segment.
-            name: Of the group.
-            first: How many rows the segment has already.
-            rows: ``(n, row_bytes)`` uint8 by column.
-            page_rows: Rows per page, a power of two.
-
-        Returns:
-            Whether there was room for them.
-        """
-        count = len(next(iter(rows.values())))
-        with self._lock:
-            group = self._groups[name]
-            group.know_segments(len(self._entries))
-            last = (first + count - 1) // page_rows
-            if group.base[number] < 0:
-                group.add_segment(number, Geometry(max(8, last + 1), page_rows, page_rows))
-                group.pinned.add(number)
-            elif last >= len(group.pages_of(number)):
-                group.move_segment(number, 2 * (last + 1))
-            base = int(group.base[number])
-            window = self._needs[name].pages * group.largest
-            if group.pinned_rows() + (2 + count // page_rows) * page_rows > group.extents.capacity - max(
-                window, group.extents.capacity // 2
-            ):
-                return False
-            evicting = self._evicting(group, min(self._leases, default=self._tick + 1))
-            for page in range(base + first // page_rows, base + last + 1):
-                if group.row_of_page[page] < 0:
-                    start = group.extents.take(page_rows)
-                    while start is None and next(evicting, False):
-                        start = group.extents.take(page_rows)
-                    if start is None:
-                        return False
-                    group.row_of_page[page] = start
-                    group.extent_of_page[page] = page_rows
-            for path, data in rows.items():
-                arena = group.arenas[path].numpy()
-                done = 0
-                while done < count:
-                    page, inside = divmod(first + done, page_rows)
-                    n = min(count - done, page_rows - inside)
-                    start = int(group.row_of_page[base + page]) + inside
-                    arena[start : start + n] = data[done : done + n]
-                    done += n
-            return True
-
-    def unpin(self, number: int, entry: SegmentEntry, rows: Mapping[str, int] | None) -> None:
-        """A segment is no longer being written.
-
-        Args:
-            number: Of the segment.
-            entry: How its manifest names it.
-            rows: Rows of each group, if all of them are here: they stay like any page that was read. None: they go.
-        """
-        with self._lock:
-            self._entries[number] = entry
-            if rows is None:
-                self._wait_for_leases()
-            for name, group in self._groups.items():
-                if number not in group.pinned:
-                    continue
-                group.pinned.discard(number)
-                pages = group.pages_of(number)
-                if rows is None or name not in rows:
-                    for page in pages.tolist():
-                        if group.row_of_page[page] >= 0:
-                            group.evict(page)
-                        group.segment_of_page[page] = -1
-                    group.base[number] = -1
-                    continue
-                group.last_use[pages] = self._tick
-                page_rows = int(group.mask[number]) + 1
-                last = (rows[name] - 1) // page_rows
-                if last == 0 or name.endswith(".arrow"):
-                    group.trim(int(pages[last]), extent_rows(rows[name] - last * page_rows))
-            self._condition.notify_all()
-
-    def copy_rows(self, number: int, name: str, path: str, first: int, out: Array) -> bool:
-        """Copy resident rows of a segment; False if some are not resident.
-
-        Args:
-            number: Of the segment.
-            name: Of the group.
-            path: The column.
-            first: Row of the segment.
-            out: ``(n, row_bytes)`` uint8.
-        """
-        with self._lock:
-            group = self._groups.get(name)
-            if group is None or group.base[number] < 0:
-                return False
-            wanted = np.arange(first, first + len(out))
-            starts = group.row_of_page[(wanted >> group.shift[number]) + group.base[number]]
-            if starts.min() < 0:
-                return False
-            index = torch.from_numpy(starts + (wanted & group.mask[number])).to(self.device)
-            out[...] = group.arenas[path].index_select(0, index).cpu().numpy()
-            return True
-
     def clear(self) -> None:
         """Give all pages and their memory up."""
         with self._lock:
@@ -420,7 +216,7 @@ class PageCache:
             self._leases.pop(tick, None)
             self._condition.notify_all()
 
-    def _give_up(self, claim: _Claim | None, error: BaseException) -> None:
+    def _give_up(self, claim: Claimed | None, error: BaseException) -> None:
         with self._lock:
             for tick in [tick for tick, thread in self._leases.items() if thread == threading.get_ident()]:
                 del self._leases[tick]
@@ -434,7 +230,7 @@ class PageCache:
                 if name in self._users:
                     self._users[name] -= 1
 
-    def _load(self, claim: _Claim) -> None:
+    def _load(self, claim: Claimed) -> None:
         """Read pages into the extents that were taken for them; publish them, or give the extents back."""
         loaded = False
         nbytes = 0
@@ -493,7 +289,7 @@ class PageCache:
             while self._leases:
                 self._wait("batches that are being copied")
 
-    def _claim(self, demands: Sequence[Demand], *, alone: bool) -> _Claim | None:
+    def _claim(self, demands: Sequence[Demand], *, alone: bool) -> Claimed | None:
         """Lease what is resident, and extents for what is not; None if there is no room until some lease ends."""
         self._tick += 1
         tick = self._tick
@@ -503,14 +299,14 @@ class PageCache:
             group.last_use[pages] = tick
         if all(int(found.min()) >= 0 for found in starts):
             self._leases[tick] = threading.get_ident()
-            return _Claim(tick, starts, [], [], complete=True, settled=True)
+            return Claimed(tick, starts, [], [], complete=True, settled=True)
         if alone and not self._leases:
             for group, _ in wanted:
                 collections.deque(self._evicting(group, tick + 1), maxlen=0)
         mine, theirs = _missing(wanted)
         if self._make_room(mine, tick):
             self._leases[tick] = threading.get_ident()
-            return _Claim(tick, starts, mine, theirs, complete=False, settled=False)
+            return Claimed(tick, starts, mine, theirs, complete=False, settled=False)
         if self._leases:
             return None
         if alone:
@@ -520,7 +316,7 @@ class PageCache:
             )
         raise DoesNotFitError
 
-    def _claim_in_turn(self, demands: Sequence[Demand], *, alone: bool) -> _Claim:
+    def _claim_in_turn(self, demands: Sequence[Demand], *, alone: bool) -> Claimed:
         """The same, when there is room; whoever holds pages is only reading or copying them."""
         with self._turn():
             while self._broken or (claim := self._claim(demands, alone=alone)) is None:
@@ -530,7 +326,7 @@ class PageCache:
                     self._wait("room in the page cache")
             return claim
 
-    def _count(self, claim: _Claim) -> None:
+    def _count(self, claim: Claimed) -> None:
         asked = sum(found.size for found in claim.starts)
         missed = 0 if claim.complete else sum(int((found < 0).sum()) for found in claim.starts)
         self._stats.hits += asked - missed
@@ -608,7 +404,7 @@ class PageCache:
             groups[name] = group
         self._needs, self._groups = dict(needs), groups
 
-    def _make_room(self, missing: Sequence[_Pages], tick: int) -> bool:
+    def _make_room(self, missing: Sequence[Pages], tick: int) -> bool:
         """Take an extent for every page, evicting others; all or none."""
         floor = min(self._leases, default=tick)
         taken: list[tuple[PageGroup, int, int]] = []
@@ -650,7 +446,7 @@ def _pinned_pages(group: PageGroup) -> dict[int, dict[str, torch.Tensor]]:
     return found
 
 
-def _missing(demands: Sequence[_Pages]) -> tuple[list[_Pages], list[_Pages]]:
+def _missing(demands: Sequence[Pages]) -> tuple[list[Pages], list[Pages]]:
     """Pages that nobody has, and pages that other threads are loading."""
     wanted: dict[str, tuple[PageGroup, list[Array]]] = {}
     for group, pages in demands:

@@ -17,7 +17,9 @@ from trajstore.errors import CacheTooSmallError, UnknownColumnError
 from trajstore.format.manifest import SegmentEntry, TrajectoryRow
 from trajstore.format.pages import PageSource, arrow_type
 from trajstore.read.arena import Need, group_name
-from trajstore.read.cache import PageCache, Reservation
+from trajstore.read.cache import PageCache
+from trajstore.read.leases import Reservation
+from trajstore.read.pinning import PinnedRows
 from trajstore.read.segment import RowRange, SegmentReaders
 from trajstore.read.table import Growth, TrajectoryTable
 from trajstore.schema import Column, Schema
@@ -53,7 +55,7 @@ class LiveSegment:
         self.closed = False  # there was no room for a trajectory: what follows it is not shown either
         self._columns = {c.path: c for c in columns}
         self._page_rows = page_rows
-        self._cache = cache
+        self._pins = PinnedRows(cache)
         self._readers = readers
         self._schema = Schema(tuple(columns))
         self._variable: dict[str, list[pa.Array]] = {c.path: [] for c in columns if c.is_variable}
@@ -82,7 +84,7 @@ class LiveSegment:
                 groups.setdefault(group_name(column), {})[path] = rows
         for name, parts in groups.items():
             first = self.rows[next(iter(parts))]
-            if not self._cache.pin_rows(self.number, name, first, parts, page_rows=self._page_rows[name]):
+            if not self._pins.add(self.number, name, first, parts, page_rows=self._page_rows[name]):
                 self.closed = True
                 return False
         for path, data in columns.items():
@@ -95,12 +97,12 @@ class LiveSegment:
         complete = not self.closed and entry.steps == max(
             (n for path, n in self.rows.items() if not self._columns[path].extra), default=0
         )
-        self._cache.unpin(self.number, entry, rows if complete else None)
+        self._pins.release(self.number, entry, rows if complete else None)
         self._final = entry
 
     def drop(self) -> None:
         """It will never be committed."""
-        self._cache.unpin(self.number, self.entry, None)
+        self._pins.release(self.number, self.entry, None)
 
     def read(self, path: str, rows: RowRange, out: Array | None = None) -> Stored:
         """As ``SegmentReader.read``."""
@@ -114,7 +116,7 @@ class LiveSegment:
         if out is None:
             out = np.empty((rows.stop - rows.start, *column.shape), column.physical_dtype)
         flat = out.reshape(len(out), -1).view(np.uint8).reshape(len(out), column.row_bytes)
-        if not len(out) or self._cache.copy_rows(self.number, group_name(column), path, rows.start, flat):
+        if not len(out) or self._pins.copy(self.number, group_name(column), path, rows.start, flat):
             return out
         assert self._final is not None  # pages of a segment that is not committed are never evicted
         return self._readers.open(self._final, self._schema).read(path, rows, out)

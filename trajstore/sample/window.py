@@ -38,6 +38,24 @@ class Future:
         if not 0 < self.gamma <= 1:
             raise SelectionError(f"future(gamma={self.gamma}), expected a number in (0, 1]")
 
+    def draw(self, ahead: Array, uniforms: Array) -> Array:
+        """How far ahead to read: geometric, truncated, by inversion; 0 where nothing is ahead.
+
+        Args:
+            ahead: ``(n,)`` int64, rows after the anchor.
+            uniforms: ``(n,)`` float64 in [0, 1).
+
+        Returns:
+            ``(n,)`` int64, in ``1 .. ahead``.
+        """
+        if self.gamma == 1.0:
+            drawn = np.floor(uniforms * ahead) + 1
+        else:
+            mass = -np.expm1(ahead * math.log(self.gamma))
+            drawn = np.floor(np.log1p(-uniforms * mass) / math.log(self.gamma)) + 1
+        steps: Array = np.minimum(drawn.astype(np.int64), ahead)
+        return steps
+
 
 def future(column: str, gamma: float = 1.0) -> Future:
     """A later row of the anchor's trajectory, drawn at random: goals for hindsight relabelling.

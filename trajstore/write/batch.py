@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from trajstore.errors import CommitError, CommitOutcomeUnknownError, TrajstoreError
 from trajstore.format.manifest import SegmentEntry, TrajectoryRow
 from trajstore.schema import Schema
 from trajstore.storage.commit import Version
@@ -103,3 +105,32 @@ def total_reward(schema: Schema, columns: Mapping[str, Stored]) -> float | None:
     if column.dtype == "bfloat16" or column.physical_dtype.kind == "c" or column.dtype.startswith(("date", "time")):
         return None
     return float(columns["reward"].sum(dtype=np.float64))
+
+
+class FreshUuids:
+    """Random (version 4) UUIDs, RFC 9562; asking the kernel for each costs more than copying 100 kB."""
+
+    def __init__(self) -> None:
+        self._entropy = b""
+
+    def next(self) -> bytes:
+        """The next."""
+        if not self._entropy:
+            self._entropy = os.urandom(16 * 256)
+        raw, self._entropy = bytearray(self._entropy[:16]), self._entropy[16:]
+        raw[6] = raw[6] & 0x0F | 0x40
+        raw[8] = raw[8] & 0x3F | 0x80
+        return bytes(raw)
+
+
+def lost_error(error: Exception, count: int) -> Exception:
+    """The error as the user gets it: with what it means for the data."""
+    if not isinstance(error, TrajstoreError):
+        wrapped = CommitError(f"committing failed: {error!r}")
+        wrapped.__cause__ = error
+        error = wrapped
+    if count:
+        certain = "may or may not be" if isinstance(error, CommitOutcomeUnknownError) else "are not"
+        told = f"{error}; {count} trajectories appended since the last commit {certain} in the store"
+        error.args = (*error.args[:-1], told)
+    return error

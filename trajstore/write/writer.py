@@ -18,13 +18,10 @@ from typing import Any
 
 from trajstore.errors import (
     ClosedError,
-    CommitError,
-    CommitOutcomeUnknownError,
     ForkedError,
     SchemaConflictError,
     StorageError,
     StorageTimeoutError,
-    TrajstoreError,
 )
 from trajstore.format.layout import manifest_key
 from trajstore.format.manifest import (
@@ -42,7 +39,7 @@ from trajstore.storage.filesystem import Filesystem, ObjectStream
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Stored
 from trajstore.values import check_trajectory
-from trajstore.write.batch import Batch, Follower, TrajectoryRef, WriteOptions, total_reward
+from trajstore.write.batch import Batch, Follower, FreshUuids, TrajectoryRef, WriteOptions, lost_error, total_reward
 from trajstore.write.blocks import BlockPool
 from trajstore.write.segment import SegmentBuilder
 
@@ -93,7 +90,7 @@ class Writer:
         self._settled = -1  # number of the last batch that was committed or failed
         self._errors: list[Exception] = []
         self._pump_wanted = False
-        self._entropy = b""
+        self._uuids = FreshUuids()
         self._closing = False
         self._follower: Follower | None = None
         self._thread: threading.Thread | None = None
@@ -302,7 +299,7 @@ class Writer:
         metadata: Mapping[str, Any],
     ) -> tuple[TrajectoryRef, TrajectoryRow]:
         start, ordinal = builder.end_trajectory(length)
-        ref = TrajectoryRef(self._fresh_uuid())
+        ref = TrajectoryRef(self._uuids.next())
         row = TrajectoryRow(
             uuid=ref._uuid,
             segment=builder.uuid,
@@ -334,15 +331,6 @@ class Writer:
         wanted = self._open.number - 1
         self._condition.wait_for(lambda: self._settled >= wanted)
         self._raise_background_errors()
-
-    def _fresh_uuid(self) -> bytes:
-        """A random (version 4) UUID, RFC 9562; asking the kernel for each costs more than copying 100 kB."""
-        if not self._entropy:
-            self._entropy = os.urandom(16 * 256)
-        raw, self._entropy = bytearray(self._entropy[:16]), self._entropy[16:]
-        raw[6] = raw[6] & 0x0F | 0x40
-        raw[8] = raw[8] & 0x3F | 0x80
-        return bytes(raw)
 
     def _cut(self) -> None:
         """Close the open batch and queue it for commit."""
@@ -422,7 +410,7 @@ class Writer:
             for builder in self._open.builders:
                 builder.abandon()
             self._open = Batch(self._open.number)
-        self._errors.append(_lost(error, lost))
+        self._errors.append(lost_error(error, lost))
 
     def _adopt(self, version: Version) -> None:
         self._head = version
@@ -493,23 +481,10 @@ class Writer:
             if one in self._queue:
                 self._queue.remove(one)
         self._settled = self._queue[0].number - 1 if self._queue else self._open.number - 1
-        self._errors.append(_lost(error, sum(len(one.rows) for one in failed)))
+        self._errors.append(lost_error(error, sum(len(one.rows) for one in failed)))
         self._condition.notify_all()
 
 
 def _checked_metadata(metadata: Mapping[str, Any], schema: Schema) -> tuple[dict[str, Any], Schema]:
     stored, added = check_metadata(metadata, schema.metadata)
     return stored, schema.with_metadata(added) if added else schema
-
-
-def _lost(error: Exception, count: int) -> Exception:
-    """The error as the user gets it: with what it means for the data."""
-    if not isinstance(error, TrajstoreError):
-        wrapped = CommitError(f"committing failed: {error!r}")
-        wrapped.__cause__ = error
-        error = wrapped
-    if count:
-        certain = "may or may not be" if isinstance(error, CommitOutcomeUnknownError) else "are not"
-        told = f"{error}; {count} trajectories appended since the last commit {certain} in the store"
-        error.args = (*error.args[:-1], told)
-    return error
