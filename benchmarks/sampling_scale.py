@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 
@@ -205,30 +204,26 @@ def many_segments(context: Context) -> Iterator[Measurement]:
     rollouts = Rollouts(
         columns={path: array[: int(lengths.sum())] for path, array in steps.items()}, lengths=lengths.astype(np.int64)
     )
-    # In memory: ten thousand segments are some 50,000 files, and where they lie is no part of a hot read.
-    many, one = "memory://benchmarks/many", "memory://benchmarks/one"
+    many, one = str(context.scratch / "many"), str(context.scratch / "one")
     context.say(f"segments: writing {count:,}")
     write_store(many, rollouts, segment_bytes=1)
     write_store(one, rollouts, segment_bytes=1 << 40)
     context.say("segments")
-    try:
+    with (
+        trajstore.open(many, cache_bytes=4 * rollouts.nbytes) as many_store,
+        trajstore.open(one, cache_bytes=4 * rollouts.nbytes) as one_store,
+    ):
+        views = {"many": many_store.trajectories, "one": one_store.trajectories}
+        for view in views.values():
+            warm(view)
         with (
-            trajstore.open(many, cache_bytes=4 * rollouts.nbytes) as many_store,
-            trajstore.open(one, cache_bytes=4 * rollouts.nbytes) as one_store,
+            views["many"].loader(WINDOWS, window=LENGTH) as many_loader,
+            views["one"].loader(WINDOWS, window=LENGTH) as one_loader,
         ):
-            views = {"many": many_store.trajectories, "one": one_store.trajectories}
-            for view in views.values():
-                warm(view)
-            with (
-                views["many"].loader(WINDOWS, window=LENGTH) as many_loader,
-                views["one"].loader(WINDOWS, window=LENGTH) as one_loader,
-            ):
-                feeds = [loader_feed("many", many_loader, batches=160), loader_feed("one", one_loader, batches=160)]
-                timings = measure_feeds(context, feeds, rounds=context.pick(20, 5))
-                used = {"many": cache_counters(many_loader).used_bytes, "one": cache_counters(one_loader).used_bytes}
-            segments = len(many_store.trajectories._table.segments)
-    finally:
-        fsspec.filesystem("memory").rm("/benchmarks", recursive=True)
+            feeds = [loader_feed("many", many_loader, batches=160), loader_feed("one", one_loader, batches=160)]
+            timings = measure_feeds(context, feeds, rounds=context.pick(20, 5))
+            used = {"many": cache_counters(many_loader).used_bytes, "one": cache_counters(one_loader).used_bytes}
+        segments = len(many_store.trajectories._table.segments)
     details = {"segments": segments, "data_bytes": rollouts.nbytes, "used_bytes": used}
     yield Measurement(
         name="segments time",
