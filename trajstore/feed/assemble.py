@@ -16,8 +16,9 @@ import torch
 
 from trajstore.feed.buffers import Buffer, BufferPool
 from trajstore.feed.cuda import Arrival, DeviceCopier
-from trajstore.feed.gather import REWARDS, Gatherer, Windows
+from trajstore.feed.gather import REWARDS, Gatherer
 from trajstore.feed.layout import Block, Target, Value
+from trajstore.feed.windows import Windows
 from trajstore.sample.window import NStep, WindowSpec
 from trajstore.stored import Array
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ import torch
 from trajstore.errors import CorruptionError
 from trajstore.feed.fields import field_dtype, trajectory_values
 from trajstore.feed.layout import Target, Value, torch_dtype
-from trajstore.read.arena import Need, PageGroup, group_name
+from trajstore.feed.windows import Lookup, Rows, WindowPlan, Windows
+from trajstore.read.arena import Need, group_name
 from trajstore.read.cache import PageCache
 from trajstore.read.extents import extent_rows
 from trajstore.read.leases import Demand, DoesNotFitError, Reservation
@@ -31,43 +31,6 @@ from trajstore.stored import Array, ragged_values, to_user
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PARALLEL_BYTES = 4 << 20
 _NONE = np.empty(0, np.int64)
-
-
-@dataclass(eq=False)
-class Windows:
-    """Windows that are gathered together.
-
-    Attributes:
-        trajectories: ``(n,)`` int64, positions in the selection.
-        steps: ``(n,)`` int64, the anchors.
-        uniforms: For each drawn row (``future``), ``(n,)`` float64 in [0, 1), by name of its output.
-    """
-
-    trajectories: Array
-    steps: Array
-    uniforms: Mapping[str, Array]
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-
-@dataclass(eq=False)
-class _Rows:
-    """Rows that several outputs read: relative to the trajectory, and which of them lie outside it."""
-
-    relative: Array  # (n, w) int64
-    outside: Array | None  # (n, w) bool; None if none can
-
-
-@dataclass(eq=False)
-class _Lookup:
-    """Rows of one group of columns, in pages."""
-
-    group: PageGroup
-    segments: Array  # (n,) int64, the cache's numbers
-    pages: Array  # (n, w) int64, pages of the segment
-    inside: Array  # (n, w) int64, row within the page
-    outputs: list[Output]
 
 
 class Gatherer:
@@ -134,8 +97,8 @@ class Gatherer:
 
     def warm(self, windows: Windows) -> bool:
         """Have the pages of windows read, as far as they fit; they are gathered soon. Whether they were counted."""
-        table_rows = self.selection.rows[windows.trajectories]
-        lookups = self._lookups(self._rows(windows, self.selection.table.length[table_rows]), table_rows)
+        windows.plan = self._plan(windows)
+        lookups = windows.plan.lookups
         try:
             if lookups:
                 self._cache.acquire([Demand(k.group, k.segments, k.pages) for k in lookups]).release()
@@ -166,12 +129,10 @@ class Gatherer:
         Returns:
             What is no tensor: object arrays, and pairs of values and offsets for ragged columns.
         """
-        table_rows = self.selection.rows[windows.trajectories]
-        lengths = self.selection.table.length[table_rows] if self._needs_lengths else _NONE
-        rows = self._rows(windows, lengths)
+        plan = windows.plan or self._plan(windows)
+        rows, table_rows, lookups = plan.rows, plan.table_rows, plan.lookups
         if self.computed_values:
-            self._compute(windows, rows, lengths, computed, first)
-        lookups = self._lookups(rows, table_rows)
+            self._compute(windows, rows, plan.lengths, computed, first)
         if lookups:
             self._copy(lookups, stored, first, 0, len(windows), counted=warmed, on_resident=on_resident)
         if self.spec.pad == "zero":
@@ -217,19 +178,25 @@ class Gatherer:
 
     # Planning
 
-    def _rows(self, windows: Windows, lengths: Array) -> dict[Any, _Rows]:
-        planned: dict[Any, _Rows] = {}
+    def _plan(self, windows: Windows) -> WindowPlan:
+        table_rows = self.selection.rows[windows.trajectories]
+        lengths = self.selection.table.length[table_rows] if self._needs_lengths else _NONE
+        rows = self._rows(windows, lengths)
+        return WindowPlan(table_rows, lengths, rows, self._lookups(rows, table_rows))
+
+    def _rows(self, windows: Windows, lengths: Array) -> dict[Any, Rows]:
+        planned: dict[Any, Rows] = {}
         for output in self.spec.outputs:
             key = output.key
             if key not in planned:
                 planned[key] = self._relative(output, windows, lengths)
         return planned
 
-    def _relative(self, output: Output, windows: Windows, lengths: Array) -> _Rows:
+    def _relative(self, output: Output, windows: Windows, lengths: Array) -> Rows:
         if output.future is not None:
             ahead = lengths + output.extra - 1 - windows.steps
             jump = output.future.draw(ahead, windows.uniforms[output.name])
-            return _Rows((windows.steps + jump)[:, None], None)
+            return Rows((windows.steps + jump)[:, None], None)
         base = windows.steps
         returns = self.spec.n_step
         if output.bootstrap and returns is not None:
@@ -237,16 +204,16 @@ class Gatherer:
         relative = base[:, None] + output.offsets
         is_reward = returns is not None and output.name == "reward"
         if self.spec.pad == "none" and not output.bootstrap and not is_reward:
-            return _Rows(relative, None)
+            return Rows(relative, None)
         last = (lengths + (output.extra - 1))[:, None]
         outside = (relative < 0) | (relative > last)
-        return _Rows(np.clip(relative, 0, last), None if is_reward or self.spec.pad == "none" else outside)
+        return Rows(np.clip(relative, 0, last), None if is_reward or self.spec.pad == "none" else outside)
 
-    def _lookups(self, rows: Mapping[Any, _Rows], table_rows: Array) -> list[_Lookup]:
+    def _lookups(self, rows: Mapping[Any, Rows], table_rows: Array) -> list[Lookup]:
         table = self.selection.table
         segments = self.segments[table.segment[table_rows]]
         starts = table.start[table_rows]
-        found: dict[Any, _Lookup] = {}
+        found: dict[Any, Lookup] = {}
         for output in self._stored:
             assert isinstance(output.source, Column)
             group = self._cache.group(group_name(output.source))
@@ -270,14 +237,14 @@ class Gatherer:
             else:
                 pages = absolute >> group.shift[segments][:, None]
                 absolute &= group.mask[segments][:, None]
-            found[key] = _Lookup(group, segments, pages, absolute, [output])
+            found[key] = Lookup(group, segments, pages, absolute, [output])
         return list(found.values())
 
     # Copying
 
     def _copy(
         self,
-        lookups: Sequence[_Lookup],
+        lookups: Sequence[Lookup],
         target: Target,
         first: int,
         lo: int,
@@ -346,7 +313,7 @@ class Gatherer:
         return self.spec.n_step is not None and output.name == "reward"
 
     def _compute(
-        self, windows: Windows, rows: Mapping[Any, _Rows], lengths: Array, computed: Target, first: int
+        self, windows: Windows, rows: Mapping[Any, Rows], lengths: Array, computed: Target, first: int
     ) -> None:
         data = computed.data.numpy()
 
@@ -372,7 +339,7 @@ class Gatherer:
             put("discount", discount.astype(np.float32))
             put(REWARDS, count)
 
-    def _virtual(self, output: Output, windows: Windows, rows: _Rows, lengths: Array) -> Array:
+    def _virtual(self, output: Output, windows: Windows, rows: Rows, lengths: Array) -> Array:
         """``(n, w)`` values of a virtual column or a metadata field."""
         name, steps = str(output.source), rows.relative
         if name in ("terminated", "truncated", "is_last", "is_first", "step"):
@@ -396,7 +363,7 @@ class Gatherer:
 
     # Texts and ragged lists
 
-    def _objects(self, windows: Windows, rows: Mapping[Any, _Rows], table_rows: Array) -> dict[str, Any]:
+    def _objects(self, windows: Windows, rows: Mapping[Any, Rows], table_rows: Array) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for output in self._fields:
             per_trajectory = self._per_trajectory[output.name]
@@ -408,7 +375,7 @@ class Gatherer:
             found[output.name] = self._text(output, rows[output.key], table_rows)
         return found
 
-    def _text(self, output: Output, rows: _Rows, table_rows: Array) -> Any:
+    def _text(self, output: Output, rows: Rows, table_rows: Array) -> Any:
         column, table = output.source, self.selection.table
         assert isinstance(column, Column)
         first = table.start[table_rows] + (table.ordinal[table_rows] if column.extra else 0)

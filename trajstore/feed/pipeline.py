@@ -42,6 +42,7 @@ from trajstore.stored import Array
 # Small batches are planned, gathered and moved together: up to so many, of so many bytes.
 _BATCHES_TOGETHER = 16
 _LOT_BYTES = 1 << 20
+_LARGE_BYTES = 4 << 20
 # Blocks that a block shuffle mixes.
 _BLOCKS_TOGETHER = 16
 
@@ -117,6 +118,8 @@ class Pipeline:
             nbytes = self._assembler.window_bytes * (options.batch_size // options.world_size)
             together = max(1, min(_BATCHES_TOGETHER, _LOT_BYTES // max(nbytes, 1)))
         self.batches_together = together
+        # While a large lot is copied, without the interpreter, another thread plans the next.
+        self._large = self._assembler.window_bytes * (options.batch_size // options.world_size) >= _LARGE_BYTES
 
     @property
     def batches_per_pass(self) -> int | None:
@@ -145,7 +148,7 @@ class Pipeline:
         drawn, warmed = self._ahead.take(first, count) or (self.plan(first, count), False)
         read = self._pages_read()
         then = None
-        if self._looks_ahead and self._reading:
+        if self._looks_ahead and (self._reading or self._large):
             then = functools.partial(self._ahead.start, first + count, count)
         if len(drawn) == 1:
             only = drawn[0]
@@ -241,7 +244,7 @@ class Samples:
 
 
 class Lookahead:
-    """Reads the pages of the next lot while this one is copied: one uses the disk, the other memory.
+    """Plans the next lot and reads its pages while this one is copied: one uses the disk, the other memory.
 
     Args:
         pipeline: Whose lots.
@@ -251,23 +254,23 @@ class Lookahead:
         self._pipeline = weakref.proxy(pipeline)
         self._workers = Workers(1, name="trajstore-ahead")
         weakref.finalize(self, self._workers.close, 0.0)  # of what nobody closed
-        self._next: tuple[int, int, list[Drawn], Future[bool]] | None = None
+        self._next: tuple[int, int, Future[tuple[list[Drawn], bool]]] | None = None
 
     def start(self, first: int, count: int) -> None:
         """Begin with batches ``first`` to ``first + count - 1``."""
-        drawn = self._pipeline.plan(first, count)
-        self._next = first, count, drawn, self._workers.submit(self._pipeline.warm, drawn)
+        self._next = first, count, self._workers.submit(self._prepare, first, count)
 
     def take(self, first: int, count: int) -> tuple[list[Drawn], bool] | None:
-        """What was planned for these batches, once their pages are there, and whether all are; None if it was others."""
+        """What was planned for these batches, once it is done, and whether all pages are there; None if it was others."""
         ahead, self._next = self._next, None
-        if ahead is None:
+        # What failed fails again when it is tried in the thread that hands errors on.
+        if ahead is None or ahead[2].exception() is not None or ahead[:2] != (first, count):
             return None
-        failed = ahead[3].exception()
-        if ahead[:2] != (first, count):
-            return None
-        # What failed fails again when the pages are asked for, in the thread that hands errors on.
-        return ahead[2], failed is None and ahead[3].result()
+        return ahead[2].result()
+
+    def _prepare(self, first: int, count: int) -> tuple[list[Drawn], bool]:
+        drawn = self._pipeline.plan(first, count)
+        return drawn, self._pipeline.warm(drawn)
 
     def close(self) -> None:
         """End the thread, once it no longer reads. May be called twice."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trajstore.feed.gather import Windows
+from trajstore.feed.windows import Windows
 from trajstore.sample.order import GrowingOrder, Order
 from trajstore.sample.priority import PrioritySampler
 from trajstore.sample.window import AnchorIndex, WindowSpec
