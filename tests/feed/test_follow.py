@@ -158,3 +158,8 @@ def test_a_selection_knows_whether_it_extends_another(store):
     assert second.extends(first)
     assert not first.extends(second)
     assert not Selection(second.table, second.rows[::-1]).extends(first)
+
+
+def test_a_store_without_trajectories_says_so(store):
+    with pytest.raises(trajstore.SelectionError, match="holds no trajectories"):
+        store.trajectories.loader(4)

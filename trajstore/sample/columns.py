@@ -73,6 +73,8 @@ def resolve_window(
         outputs += [Output(n, s, rows + jump, single) for n, s, jump in _sources(selection, name, mixed)]
     if returns is not None:
         outputs = _with_returns(selection, outputs, returns)
+    if not outputs and not len(selection):
+        raise SelectionError("the view holds no trajectories; append some, or choose a wider view")
     if not outputs:
         raise SelectionError("no column to load: all are strings or ragged; name them in columns=")
     spec = WindowSpec(tuple(outputs), check_pad(pad), isinstance(window, Mapping), returns)
