@@ -17,11 +17,12 @@ LAYERS = [
     {"read", "write"},
     {"sample"},
     {"feed"},
+    {"edit"},
     {"interop"},
     {"trajectory", "follows"},
     {"view", "mix"},
     {"store"},
-    {"report", "gym"},
+    {"report", "gym", "buffers"},
     {"demo"},
     {"cli"},
 ]

@@ -10,6 +10,7 @@ for batch in trajstore.open("runs/demo").trajectories.loader(256, window=16):
 """
 
 from trajstore.errors import (
+    BufferFullError,
     CacheTooSmallError,
     ClosedError,
     ColumnNameError,
@@ -18,6 +19,7 @@ from trajstore.errors import (
     CommitError,
     CommitOutcomeUnknownError,
     CorruptionError,
+    EmptyBufferError,
     EnvironmentNotFoundError,
     ForkedError,
     FormatVersionError,
@@ -40,6 +42,7 @@ from trajstore.errors import (
     UnknownColumnError,
     UnsupportedStorageError,
     UntrustedBaseError,
+    UntrustedPickleError,
     VersionExpiredError,
     VersionNotFoundError,
 )
@@ -75,6 +78,7 @@ __all__ = [
     "Schema",
     "__version__",
     # errors
+    "BufferFullError",
     "CacheTooSmallError",
     "ClosedError",
     "ColumnNameError",
@@ -83,6 +87,7 @@ __all__ = [
     "CommitError",
     "CommitOutcomeUnknownError",
     "CorruptionError",
+    "EmptyBufferError",
     "EnvironmentNotFoundError",
     "ForkedError",
     "FormatVersionError",
@@ -105,6 +110,7 @@ __all__ = [
     "UnknownColumnError",
     "UnsupportedStorageError",
     "UntrustedBaseError",
+    "UntrustedPickleError",
     "VersionExpiredError",
     "VersionNotFoundError",
 ]

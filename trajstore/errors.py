@@ -11,7 +11,9 @@
     │   ├── MetadataError                     a metadata field: its name or its type
     │   └── SchemaConflictError               two writers, or a store and its caller, disagree on the schema
     ├── SelectionError (ValueError)           a filter, window, or sample that selects nothing or cannot be understood
-    │   └── IndexRangeError (IndexError)
+    │   ├── IndexRangeError (IndexError)
+    │   ├── EmptyBufferError (RuntimeError)   sampling from a replay buffer that holds nothing
+    │   └── BufferFullError                   more rows than a rollout buffer was made for
     ├── CacheTooSmallError (ValueError)       a page cache that cannot hold one window
     ├── StoreNotFoundError (FileNotFoundError)
     ├── StoreExistsError (FileExistsError)
@@ -25,6 +27,7 @@
     │   ├── StorageTimeoutError (TimeoutError)
     │   └── UnsupportedStorageError           cannot create an object atomically
     ├── UntrustedBaseError (PermissionError)  segments of another store, outside the trusted prefixes
+    ├── UntrustedPickleError (PermissionError)  a pickle, which could run any code, without allow_pickle
     ├── CommitError (RuntimeError)            appended trajectories could not be committed
     │   └── CommitOutcomeUnknownError         the storage never said whether it landed
     ├── ReadOnlyError (PermissionError)
@@ -91,6 +94,14 @@ class IndexRangeError(SelectionError, IndexError):
     """A trajectory or step number outside what there is."""
 
 
+class EmptyBufferError(SelectionError, RuntimeError):
+    """Sampling from a replay buffer that holds nothing."""
+
+
+class BufferFullError(SelectionError):
+    """More rows than a rollout buffer was made for."""
+
+
 class CacheTooSmallError(TrajstoreError, ValueError):
     """A page cache that cannot hold the pages of one window."""
 
@@ -141,6 +152,10 @@ class UnsupportedStorageError(StorageError):
 
 class UntrustedBaseError(TrajstoreError, PermissionError):
     """The store refers to segments of another store outside the trusted prefixes."""
+
+
+class UntrustedPickleError(TrajstoreError, PermissionError):
+    """A file that only unpickling can read, which could run any code, without ``allow_pickle=True``."""
 
 
 class CommitError(TrajstoreError, RuntimeError):

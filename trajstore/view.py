@@ -17,16 +17,18 @@ import torch
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.feed.loader import Loader
 from trajstore.feed.options import LoaderOptions
+from trajstore.feed.pick import Picker
 from trajstore.feed.pipeline import PipelineBuilder, Samples, Supply
 from trajstore.follows import Follows
 from trajstore.interop import frames
 from trajstore.read.access import StoreAccess
+from trajstore.read.columns import read_column
 from trajstore.read.segment import RowRange
 from trajstore.read.selection import Selection
 from trajstore.read.table import TrajectoryTable
 from trajstore.sample.window import Window
 from trajstore.schema import Column, Schema
-from trajstore.stored import Array, Stored, to_user
+from trajstore.stored import Array, Stored
 from trajstore.trajectory import Trajectory
 
 _LARGE_STEP_VALUES = 16
@@ -62,6 +64,7 @@ class View(Sequence["Trajectory"]):
         self._follows = follows
         self._selection = Selection(table, self._rows, whole=rows is None)
         self._samples: dict[Any, Samples] = {}  # of sample(), by its arguments
+        self._pickers: dict[Any, Picker] = {}  # of gather(), by its arguments
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -202,30 +205,38 @@ class View(Sequence["Trajectory"]):
         Returns:
             ``(rows, *shape)``; rows are steps, and one more per trajectory for a column with ``extra=1``.
         """
-        spec = self.schema[column]
-        starts, stops, segments = self._runs(spec)
-        if not len(starts):
-            raise SelectionError(f"column {column!r} of an empty view")
-        if spec.is_variable:
-            parts = [
-                to_user(spec, self._read(int(s), spec.path, RowRange(int(a), int(b))))
-                for s, a, b in zip(segments, starts, stops, strict=True)
-            ]
-            return np.concatenate(parts)
-        total = int((stops - starts).sum())
-        if out is None:
-            out = np.empty((total, *spec.shape), spec.physical_dtype)
-        elif out.shape != (total, *spec.shape) or out.dtype != spec.physical_dtype or not out.flags.c_contiguous:
-            raise SelectionError(
-                f"out is {out.dtype}{list(out.shape)}; column {column!r} needs a C-contiguous "
-                f"{spec.physical_dtype}{[total, *spec.shape]}"
-            )
-        done = 0
-        for segment, start, stop in zip(segments, starts, stops, strict=True):
-            n = int(stop - start)
-            self._read(int(segment), spec.path, RowRange(int(start), int(stop)), out[done : done + n])
-            done += n
-        return to_user(spec, out)
+        return read_column(self._selection, self._access.readers, column, out)
+
+    def gather(
+        self,
+        trajectories: Sequence[int] | Array,
+        steps: Sequence[int] | Array,
+        *,
+        columns: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Any]:
+        """One batch of the steps that are named, in that order; for whoever draws them in a way of their own.
+
+        Args:
+            trajectories: ``(n,)`` positions in the view.
+            steps: ``(n,)`` steps of these trajectories.
+            columns: Names, as for ``loader``.
+            device: Where the tensors go; by default main memory.
+
+        Returns:
+            Nested mapping of tensors ``[n, ...]``.
+
+        Raises:
+            IndexRangeError: A trajectory that is not in the view, or a step that it does not have.
+        """
+        self._access.check_open()
+        key = (None if columns is None else tuple(columns), None if device is None else str(device))
+        picker = self._pickers.get(key)
+        if picker is None:
+            supply = self.supply(LoaderOptions(1, columns=columns, device=device))
+            picker = Picker(supply, columns, device=device, buffers=self._access.buffers)
+            self._pickers[key] = picker
+        return picker.pick(np.asarray(trajectories), np.asarray(steps))
 
     def sample(
         self,
@@ -457,25 +468,11 @@ class View(Sequence["Trajectory"]):
     def _small_columns(self) -> list[Column]:
         return [c for c in self.common_columns if not c.ragged and np.prod(c.shape) <= _LARGE_STEP_VALUES]
 
-    def _runs(self, column: Column) -> tuple[Array, Array, Array]:
-        """Rows of all trajectories of the view, neighbours joined: starts, stops and segments, ``(runs,)`` each."""
-        table, rows = self._table, self._rows
-        starts = table.start[rows] + (table.ordinal[rows] if column.extra else 0)
-        stops = starts + table.length[rows] + column.extra
-        segments = table.segment[rows]
-        new = np.ones(len(rows), bool)
-        new[1:] = (segments[1:] != segments[:-1]) | (starts[1:] != stops[:-1])
-        first = np.flatnonzero(new)
-        last = np.append(first[1:], len(rows)) - 1 if len(rows) else first
-        return starts[first], stops[last], segments[first]
-
     def _read_rows(self, row: int, column: Column, start: int, stop: int) -> Stored:
         table = self._table
         first = int(table.start[row]) + (int(table.ordinal[row]) if column.extra else 0)
-        return self._read(int(table.segment[row]), column.path, RowRange(first + start, first + stop))
-
-    def _read(self, segment: int, path: str, rows: RowRange, out: Array | None = None) -> Stored:
-        return self._access.readers.open(self._table.segments[segment], self.schema).read(path, rows, out)
+        reader = self._access.readers.open(table.segments[int(table.segment[row])], self.schema)
+        return reader.read(column.path, RowRange(first + start, first + stop))
 
 
 def _count(n: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trajstore.feed.buffers import Buffer, BufferPool
+from trajstore.read.buffers import Buffer, BufferPool
 from trajstore.feed.cuda import Arrival, DeviceCopier
 from trajstore.feed.gather import REWARDS, Gatherer
 from trajstore.feed.layout import Block, Target, Value
@@ -46,7 +46,8 @@ class Assembler:
         gatherers: One for each view of a mix; their values agree.
         extra: Further values, given with the windows.
         device: Where batches go; None for where rows are gathered.
-        keep_buffers: Free output buffers kept.
+        buffers: Output buffers; by default of its own.
+        keep_buffers: Free ones kept, of its own.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Assembler:
         *,
         extra: Sequence[Value] = (),
         device: torch.device | None = None,
+        buffers: BufferPool | None = None,
         keep_buffers: int = 2,
     ) -> None:
         self._spec = spec
@@ -70,7 +72,7 @@ class Assembler:
         cuda = next((d for d in (self._device, self._resident) if d.type == "cuda"), None)
         self._copier = None if cuda is None else DeviceCopier(cuda)
         self._blocks: dict[int, tuple[Block, Block]] = {}
-        self.buffers = BufferPool(keep_buffers, pinned=self._to_cuda)
+        self.buffers = buffers or BufferPool(keep_buffers, pinned=self._to_cuda)
 
     @property
     def window_bytes(self) -> int:

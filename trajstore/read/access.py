@@ -1,4 +1,4 @@
-"""What the views of one store handle share: page indexes, the page cache, and how another process opens the same store.
+"""What the views of one store handle share: page indexes, cache, output buffers, and how another process opens the store.
 
 Invariant: one cache per handle, whose memory is taken when first needed; closing the handle gives it back, and takes seconds
 at most, even if the storage hangs.
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from trajstore.errors import ClosedError, ForkedError, StoreNotFoundError
+from trajstore.read.buffers import BufferPool
 from trajstore.read.cache import PageCache
 from trajstore.read.disk_cache import DiskCache
 from trajstore.read.fetch import PageFetcher
@@ -23,6 +24,7 @@ from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Array
 
 Closable = TypeVar("Closable", bound=Any)
+_KEPT_BUFFERS = 2
 _JOIN_S = 1.0  # closing waits no longer for a storage that hangs
 
 
@@ -57,6 +59,7 @@ class StoreAccess:
         self._closed = False
         self._pid = os.getpid()
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.buffers = BufferPool(_KEPT_BUFFERS)  # of batches whose steps were named
         # Of all views and loaders of the handle; memory is taken only when a loader says what it needs.
         self.cache = PageCache(cache_bytes, self.readers, self._fetcher)
 

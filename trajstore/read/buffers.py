@@ -7,6 +7,7 @@ The pool never blocks: if all its buffers are held, a fresh one is made and coun
 from __future__ import annotations
 
 import collections
+import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ class Buffer:
 
 
 class BufferPool:
-    """Buffers of one size after the other; when the size asked for changes, the old ones are dropped.
+    """Buffers of one size after the other; when the size asked for changes, the old ones are dropped. Used by several threads.
 
     Args:
         keep: Most free buffers kept.
@@ -41,6 +42,7 @@ class BufferPool:
     def __init__(self, keep: int, *, pinned: bool = False) -> None:
         self._keep = keep
         self._pinned = pinned
+        self._lock = threading.Lock()
         self._free: list[torch.Tensor] = []
         # Finalizers may run at any allocation, in any thread: they only append.
         self._returned: collections.deque[torch.Tensor] = collections.deque()
@@ -48,13 +50,14 @@ class BufferPool:
 
     def take(self, nbytes: int) -> Buffer:
         """A buffer whose content is arbitrary."""
-        while self._returned:
-            self._free.append(self._returned.popleft())
         base = None
-        while self._free and base is None:
-            candidate = self._free.pop()
-            base = candidate if len(candidate) >= nbytes else None
-        del self._free[self._keep :]
+        with self._lock:
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            while self._free and base is None:
+                candidate = self._free.pop()
+                base = candidate if len(candidate) >= nbytes else None
+            del self._free[self._keep :]
         if base is None:
             base = _memory(max(nbytes, 1), pinned=self._pinned)
             self.made += 1
