@@ -7,35 +7,34 @@ from __future__ import annotations
 
 import functools
 import os
-import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from trajstore.errors import (
     ClosedError,
     ReadOnlyError,
     SchemaError,
-    StoreExistsError,
-    StoreNotFoundError,
-    UnsupportedStorageError,
+    SelectionError,
     VersionExpiredError,
 )
 from trajstore.follows import Follows
-from trajstore.format import layout
 from trajstore.format.codecs import check_preset
-from trajstore.format.snapshot import StoreDocument
 from trajstore.read.access import StoreAccess
+from trajstore.read.bases import Bases
 from trajstore.read.cache import DEFAULT_CACHE_BYTES
 from trajstore.read.disk_cache import DiskCache
 from trajstore.read.live import LiveTrajectories
 from trajstore.read.table import TrajectoryTable
 from trajstore.read.usage import StoreUsage, measure_usage
 from trajstore.schema import Column, Schema
-from trajstore.storage.commit import EMPTY_VERSION, History, Version
+from trajstore.storage.attach import open_existing, open_or_create
+from trajstore.storage.changes import Delete
+from trajstore.storage.commit import History, Version
 from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import Workers
@@ -75,6 +74,7 @@ def open(
     cache_dir_bytes: int = DEFAULT_CACHE_DIR_BYTES,
     storage_options: Mapping[str, Any] | None = None,
     single_writer: bool = False,
+    bases: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> Store:
     """Open a store of trajectories.
 
@@ -94,12 +94,15 @@ def open(
         cache_dir_bytes: Its bound.
         storage_options: Credentials, endpoint and so on, for fsspec.
         single_writer: Allow a storage that cannot create an object atomically; you promise that nobody else writes.
+        bases: Where other stores may lie that this one refers to, besides its own parent folder: prefixes of URLs, with the
+            storage options of each, or None.
 
     Raises:
         StoreNotFoundError: Mode ``"r"`` and no store there, or a bucket that does not exist.
         StoreExistsError: Mode ``"x"`` and a store is there.
         UnsupportedStorageError: A storage that cannot create an object atomically, opened for writing.
         FormatVersionError: A store of a newer trajstore.
+        UntrustedBaseError: It refers to segments of a store elsewhere, when they are first looked at.
 
     Examples:
         >>> import numpy as np, trajstore
@@ -130,8 +133,11 @@ def open(
     cache = CacheOptions(cache_bytes, None if cache_dir is None else os.fspath(cache_dir), cache_dir_bytes)
     reopen = None
     if not filesystem.url.startswith("memory://"):
-        reopen = functools.partial(_reopened, filesystem.url, storage_options, cache)
-    return open_on(filesystem, mode, declared=declared, version=version, options=options, cache=cache, reopen=reopen)
+        reopen = functools.partial(_reopened, filesystem.url, storage_options, cache, bases)
+    others = Bases(filesystem.url, _connect_base, options=storage_options, trusted=bases)
+    return open_on(
+        filesystem, mode, declared=declared, version=version, options=options, cache=cache, bases=others, reopen=reopen
+    )
 
 
 def open_on(
@@ -143,25 +149,43 @@ def open_on(
     options: WriteOptions | None = None,
     history: History | None = None,
     cache: CacheOptions | None = None,
+    bases: Bases | None = None,
     reopen: Callable[[int, Array], View] | None = None,
 ) -> Store:
     """Open a store on a filesystem at hand; ``open`` says what the arguments mean, ``reopen`` makes a view elsewhere."""
     history = history or History(filesystem)
     if mode == "x" or mode == "a":
-        store_uuid, head = _open_or_create(filesystem, history, must_be_new=mode == "x")
+        store_uuid, head = open_or_create(filesystem, history, must_be_new=mode == "x")
     else:
-        store_uuid, head = _open_existing(filesystem, history, version)
+        store_uuid, head = open_existing(filesystem, history, version)
     reading = cache or CacheOptions()
     kept = None if reading.folder is None else DiskCache(reading.folder, max_bytes=reading.folder_bytes)
     workers = Workers(os.cpu_count() or 1, name="trajstore-codec")
-    access = StoreAccess(filesystem, workers, cache_bytes=reading.nbytes, disk_cache=kept, reopen=reopen)
+    access = StoreAccess(
+        filesystem,
+        store_uuid,
+        workers,
+        cache_bytes=reading.nbytes,
+        disk_cache=kept,
+        bases=bases or Bases(filesystem.url, _connect_base),
+        reopen=reopen,
+    )
     return Store(
         filesystem, history, head, store_uuid, mode, declared or Schema(), options or WriteOptions(), workers, access
     )
 
 
+def _connect_base(url: str, storage_options: Mapping[str, Any] | None) -> Filesystem:
+    return connect(url, storage_options=storage_options)
+
+
 def _reopened(
-    url: str, storage_options: Mapping[str, Any] | None, cache: CacheOptions, version: int, rows: Array
+    url: str,
+    storage_options: Mapping[str, Any] | None,
+    cache: CacheOptions,
+    bases: Mapping[str, Mapping[str, Any] | None] | None,
+    version: int,
+    rows: Array,
 ) -> View:
     """A view of a store that another process has opened."""
     store = open(
@@ -171,53 +195,9 @@ def _reopened(
         cache_bytes=cache.nbytes,
         cache_dir=cache.folder,
         cache_dir_bytes=cache.folder_bytes,
+        bases=bases,
     )
     return store.trajectories.take(rows)
-
-
-def _open_existing(filesystem: Filesystem, history: History, version: int | None) -> tuple[str, Version]:
-    document, hint = filesystem.read_many([layout.STORE_DOCUMENT, layout.LATEST_HINT])
-    if document is None:
-        raise StoreNotFoundError(
-            f"no trajstore at {filesystem.description} ({layout.STORE_DOCUMENT} is not there); check the path or bucket, or "
-            "make one with mode='a'"
-        )
-    store = StoreDocument.from_bytes(document, key=f"{layout.STORE_DOCUMENT} in {filesystem.description}")
-    if version is not None:
-        return store.store_uuid, history.load(version)
-    return store.store_uuid, history.latest(history.parse_hint(hint))
-
-
-def _open_or_create(filesystem: Filesystem, history: History, *, must_be_new: bool) -> tuple[str, Version]:
-    if not must_be_new:
-        try:
-            return _open_existing(filesystem, history, None)
-        except StoreNotFoundError:
-            pass  # made below; if somebody else is faster, theirs is opened
-    _check_creation_is_atomic(filesystem)
-    store = StoreDocument(uuid.uuid4().hex)
-    if filesystem.create(layout.STORE_DOCUMENT, store.to_bytes()):
-        return store.store_uuid, EMPTY_VERSION
-    if must_be_new:
-        raise StoreExistsError(
-            f"a store is already at {filesystem.description}; open it with mode='a', or choose another place"
-        )
-    return _open_existing(filesystem, history, None)
-
-
-def _check_creation_is_atomic(filesystem: Filesystem) -> None:
-    """Some S3 servers accept a conditional put and ignore the condition: find out before there is a store to lose.
-
-    It is tried on the hint, which nobody trusts, so a refused storage holds nothing that looks like a store.
-    """
-    if filesystem.single_writer:
-        return
-    if filesystem.create(layout.LATEST_HINT, b"0") and filesystem.create(layout.LATEST_HINT, b"00"):
-        raise UnsupportedStorageError(
-            f"{filesystem.description} replaced an object that was to be created only if absent, so two writers could "
-            "overwrite each other's commits; use a server that honours If-None-Match, or pass single_writer=True if nobody "
-            "else writes this store"
-        )
 
 
 class Store:
@@ -296,14 +276,17 @@ class Store:
     def _latest_table(self) -> TrajectoryTable:
         if self._writer is not None:
             if self._live is None:
-                live = LiveTrajectories(self._history, self._writer.head, self._access.cache, self._access.readers)
+                live = LiveTrajectories(self._table_of, self._writer.head, self._access.cache, self._access.readers)
                 self._writer.follow(live)
                 self._live = live
             return self._live.table()
         current = self._current()
         if self._table is None or self._table.version.number != current.number:
-            self._table = TrajectoryTable(self._history, current)
+            self._table = self._table_of(current)
         return self._table
+
+    def _table_of(self, version: Version) -> TrajectoryTable:
+        return self._access.table(self._history, version)
 
     def _follow(self, refresh: bool) -> View:
         """The view as it would be taken now, for loaders that follow."""
@@ -363,6 +346,33 @@ class Store:
             TrajstoreError: What failed in the background: those trajectories are not in the store.
         """
         self._writing().flush(timeout_s)
+
+    def delete(self, ids: Iterable[int] | Array) -> int:
+        """A new version without these trajectories; earlier versions keep them. What was appended before is flushed.
+
+        Args:
+            ids: ``view.ids``, or some of them.
+
+        Returns:
+            The version.
+
+        Raises:
+            IndexRangeError: A trajectory that the latest version does not hold.
+
+        Examples:
+            >>> import numpy as np, trajstore
+            >>> with trajstore.open("memory://docs/delete", mode="a") as store:
+            ...     for n in (3, 5):
+            ...         _ = store.append({"action": np.arange(n)})
+            ...     store.flush()
+            ...     _ = store.delete(store.trajectories.filter("length < 4").ids)
+            ...     len(store.trajectories)
+            1
+        """
+        chosen = ids if isinstance(ids, np.ndarray) else np.array(list(ids), np.int64)
+        if chosen.size and chosen.dtype.kind not in "iu":
+            raise SelectionError(f"ids of dtype {chosen.dtype}, expected integers")
+        return self._writing().commit(Delete(np.unique(chosen.astype(np.int64)))).number
 
     def refresh(self) -> int:
         """Move on to the latest version, by whomever; returns its number."""

@@ -6,7 +6,8 @@ Invariant: a view never changes; it holds index arrays, no step data. Filtering 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, overload
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from trajstore.edit.combine import Share, Source, combine
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.feed.loader import Loader
 from trajstore.feed.options import LoaderOptions
@@ -28,6 +30,7 @@ from trajstore.read.selection import Selection
 from trajstore.read.table import TrajectoryTable
 from trajstore.sample.window import Window
 from trajstore.schema import Column, Schema
+from trajstore.storage.connect import connect
 from trajstore.stored import Array, Stored
 from trajstore.trajectory import Trajectory
 
@@ -419,6 +422,49 @@ class View(Sequence["Trajectory"]):
             progress=progress,
         )
         return self._access.opened(Loader(PipelineBuilder((self,), (batch_size,), options), options))
+
+    def save(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        share: Share = "link",
+        replace: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+        progress: bool = False,
+    ) -> int:
+        """Make a store of these trajectories, without decoding a step.
+
+        Args:
+            url: Where, as for ``trajstore.open``.
+            share: ``"link"``: a store of its own, whose segments are hard-linked on one disk, copied by the server within one
+                bucket, else copied here. ``"copy"``: always bytes of its own. ``"reference"``: it refers to the segments where
+                they are, which must stay.
+            replace: Of a store that is there, make a new version that holds these trajectories only.
+            storage_options: For that place.
+            progress: Show bytes copied on standard error.
+
+        Returns:
+            Its version.
+
+        Raises:
+            StoreExistsError: A store is there, and ``replace`` is false.
+            SelectionError: Some trajectories are not yet committed.
+        """
+        if share not in ("link", "copy", "reference"):
+            raise SelectionError(f"share={share!r}, expected 'link', 'copy' or 'reference'")
+        target = connect(url, storage_options=storage_options)
+        try:
+            combined = combine(
+                [self.source()], target, share=share, instead=replace, operation="save", progress=progress
+            )
+        finally:
+            target.close()
+        return combined.version.number
+
+    def source(self) -> Source:
+        """These trajectories as a part of another store; for edits."""
+        self._access.check_open()
+        return Source(self._selection, self._access.filesystem, self._access.store_uuid, self._access.bases)
 
     def supply(self, options: LoaderOptions) -> Supply:
         """What the windows of this view are gathered with; for loaders."""

@@ -199,7 +199,7 @@ class Bare:
         table = self.store.trajectories._table
         self.workers = Workers(2, name="test")
         readers = SegmentReaders(disk, self.workers)
-        self.cache = PageCache(pages * PAGE_BYTES, readers, PageFetcher(disk, self.workers))
+        self.cache = PageCache(pages * PAGE_BYTES, readers, PageFetcher(self.workers))
         self.segments = self.cache.number_segments(table.segments)
         obs = table.schema["obs"]
         self.cache.reserve({"obs": Need((obs,), 1, 0)}, self.segments, table.schema)

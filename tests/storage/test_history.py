@@ -12,7 +12,8 @@ from tests.support.faulty import Faults, faulty_bucket
 from trajstore.errors import CorruptionError, VersionNotFoundError
 from trajstore.format import layout
 from trajstore.schema import Schema
-from trajstore.storage.commit import EMPTY_VERSION, Append, History, Version
+from trajstore.storage.changes import Append
+from trajstore.storage.commit import EMPTY_VERSION, History, Version
 from trajstore.storage.filesystem import Filesystem
 
 COUNTS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 64, 100, 257]
@@ -28,7 +29,7 @@ class _Bucket:
         self.history = History(self.filesystem)
         self.head: Version = EMPTY_VERSION
         for _ in range(count):
-            self.head = self.history.commit(Append(Schema(), None, 0, operation="test"), self.head)
+            self.head = self.history.commit(Append(Schema(), (), 0, operation="test"), self.head)
         self.faults.log.clear()
 
 
@@ -74,7 +75,7 @@ def test_a_commit_on_top_of_any_old_version_lands_on_the_latest() -> None:
     bucket = _Bucket(9)
     history = History(bucket.filesystem, rng=random.Random(0), race_pause_base_s=0.0)
     old = history.load(4)
-    version = history.commit(Append(Schema(), None, 0), old)
+    version = history.commit(Append(Schema(), (), 0), old)
     assert version.number == 10
     assert version.snapshot.parent_sha256 == bucket.head.sha256
     assert history.races_lost == 1
@@ -88,7 +89,7 @@ def test_versions_are_later_than_their_parents_whatever_the_clock_says() -> None
     history = History(bucket.filesystem, now=lambda: next(clock))
     head, times = EMPTY_VERSION, []
     for _ in range(4):
-        head = history.commit(Append(Schema(), None, 0), head)
+        head = history.commit(Append(Schema(), (), 0), head)
         times.append(head.snapshot.created_at)
     assert times == sorted(set(times))
     assert times[0] == noon

@@ -41,6 +41,22 @@ def manifest_key(uuid: str) -> str:
     return f"{MANIFESTS}/{uuid}.parquet"
 
 
+def segment_folder(segment: str) -> str:
+    """Prefix of a segment's objects."""
+    return f"{SEGMENTS}/{segment}"
+
+
+def segment_of(key: str) -> str | None:
+    """The segment of an object's key, or None for any other key.
+
+    Examples:
+        >>> segment_of("segments/00ff/obs/c.0")
+        '00ff'
+    """
+    parts = key.split("/")
+    return parts[1] if len(parts) > 2 and parts[0] == SEGMENTS else None
+
+
 def segment_key(segment: str, name: str) -> str:
     """Key of an object inside a segment."""
     return f"{SEGMENTS}/{segment}/{name}"

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from trajstore.errors import CorruptionError, MetadataError
 from trajstore.format.pages import checksum
 from trajstore.format.snapshot import ManifestEntry
+from trajstore.stored import Array
 
 _SEGMENTS_KEY = b"trajstore.segments"
 _ROWS_PER_GROUP = 1 << 18
@@ -160,7 +161,7 @@ def live_rows(entry: ManifestEntry, table: pa.Table, schema: pa.Schema | None = 
             ids = pa.array(np.arange(entry.first_id, entry.first_id + table.num_rows, dtype=np.int64))
         table = table.set_column(where, TABLE_FIELDS[1], ids)
     if entry.deleted:
-        table = table.filter(pa.array(_keep_mask(entry)))
+        table = table.filter(pa.array(live_mask(entry)))
     if schema is None:
         return table
     arrays = [
@@ -169,11 +170,12 @@ def live_rows(entry: ManifestEntry, table: pa.Table, schema: pa.Schema | None = 
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _keep_mask(entry: ManifestEntry) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    keep = np.ones(entry.rows, bool)
+def live_mask(entry: ManifestEntry) -> Array:
+    """``(rows,)`` bool: the rows of a manifest that its snapshot holds."""
+    live = np.ones(entry.rows, bool)
     for lo, hi in entry.deleted:
-        keep[lo:hi] = False
-    return keep
+        live[lo:hi] = False
+    return live
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

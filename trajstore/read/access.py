@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 import torch
 
 from trajstore.errors import ClosedError, ForkedError, StoreNotFoundError
+from trajstore.read.bases import Bases
 from trajstore.read.buffers import BufferPool
 from trajstore.read.cache import PageCache
 from trajstore.read.disk_cache import DiskCache
 from trajstore.read.fetch import PageFetcher
 from trajstore.read.segment import SegmentReaders
+from trajstore.read.table import TrajectoryTable
+from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Array
@@ -33,28 +36,35 @@ class StoreAccess:
 
     Args:
         filesystem: Where the store is.
+        store_uuid: Its identity.
         workers: Read and decode.
         cache_bytes: Of the shared page cache.
         disk_cache: Keeps stored pages on a local disk, or None.
+        bases: Other stores that this one refers to.
         reopen: Version and rows to a view of them, in any process; None if no other can open the store.
     """
 
     def __init__(
         self,
         filesystem: Filesystem,
+        store_uuid: str,
         workers: Workers,
         *,
         cache_bytes: int,
         disk_cache: DiskCache | None,
+        bases: Bases,
         reopen: Callable[[int, Array], Any] | None,
     ) -> None:
+        self.filesystem = filesystem
+        self.store_uuid = store_uuid
+        self.bases = bases
         self.readers = SegmentReaders(filesystem, workers)
         self._reopen = reopen
         self.cache_bytes = cache_bytes
         self.disk_cache = disk_cache
         # Reads wait for the disk more than they compute: two threads per processor.
         self._reading = Workers(2 * (os.cpu_count() or 1), name="trajstore-read")
-        self._fetcher = PageFetcher(filesystem, self._reading, disk_cache)
+        self._fetcher = PageFetcher(self._reading, disk_cache)
         self._url = filesystem.url
         self._closed = False
         self._pid = os.getpid()
@@ -69,6 +79,18 @@ class StoreAccess:
             raise ForkedError(FORKED)
         if self._closed:
             raise ClosedError(f"the store {self._url} is closed; open it again")
+
+    def table(self, history: History, version: Version) -> TrajectoryTable:
+        """The trajectories of a version, whose segments can be read from then on.
+
+        Raises:
+            UntrustedBaseError: Some lie in another store, which may not be opened.
+        """
+        table = TrajectoryTable(history, version)
+        for entry in table.segments:
+            if entry.base is not None:
+                self.readers.place(entry, self.bases.open(version.snapshot.bases[entry.base]))
+        return table
 
     def reopening(self) -> Callable[[int, Array], Any]:
         """Version and rows to a view of them, in any process.
@@ -101,3 +123,4 @@ class StoreAccess:
             loader.close()
         self.cache.clear()
         self._reading.close(_JOIN_S)
+        self.bases.close()

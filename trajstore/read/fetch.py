@@ -64,16 +64,14 @@ class PageRequest:
 
 
 class PageFetcher:
-    """Reads and decodes pages of a store.
+    """Reads and decodes pages of a store, and of others that it refers to.
 
     Args:
-        filesystem: Where the store is.
-        workers: Read, if the filesystem does not overlap reads itself, and decode.
+        workers: Read, if a filesystem does not overlap reads itself, and decode.
         disk_cache: Keeps stored pages on a local disk; None to read them from the store every time.
     """
 
-    def __init__(self, filesystem: Filesystem, workers: Workers, disk_cache: DiskCache | None = None) -> None:
-        self._filesystem = filesystem
+    def __init__(self, workers: Workers, disk_cache: DiskCache | None = None) -> None:
         self._workers = workers
         self.disk_cache = disk_cache
 
@@ -86,13 +84,14 @@ class PageFetcher:
         """
         ordered = sorted(requests, key=_place)
         try:
-            if self._filesystem.overlaps_reads:
-                for lot in _lots(ordered):
-                    stored = self._read(lot)
-                    pairs = list(zip(lot, stored, strict=True))
-                    self._workers.map(self._decode, _split(pairs, self._workers.threads))
-            else:
-                self._workers.map(self._read_and_decode, _split(ordered, 2 * self._workers.threads))
+            for filesystem, here in _by_filesystem(ordered):
+                if filesystem.overlaps_reads:
+                    for lot in _lots(here):
+                        stored = self._read(lot)
+                        pairs = list(zip(lot, stored, strict=True))
+                        self._workers.map(self._decode, _split(pairs, self._workers.threads))
+                else:
+                    self._workers.map(self._read_and_decode, _split(here, 2 * self._workers.threads))
         except BaseException:
             # Ctrl-C ends the wait, not the reads; the caller is about to use the slots for other pages.
             for request in requests:
@@ -121,15 +120,15 @@ class PageFetcher:
             if len(slots) < len(requests):
                 return  # nobody wants them any more
             views = [memoryview(slot) for slot in slots]  # type: ignore[arg-type]
-            self._filesystem.read_into(run.key, run.start, views)
+            requests[0].segment.filesystem.read_into(run.key, run.start, views)
             for request, slot in zip(requests, slots, strict=True):
                 request.segment.check_page(request.source, request.page, slot)
 
     def _read(self, requests: Sequence[PageRequest]) -> list[Buffer]:
-        cache = self.disk_cache
+        cache, filesystem = self.disk_cache, requests[0].segment.filesystem
         if cache is None:
-            return self._filesystem.read_ranges([_range(r) for r in requests])
-        names = [_name(self._filesystem.url, r) for r in requests]
+            return filesystem.read_ranges([_range(r) for r in requests])
+        names = [_name(filesystem.url, r) for r in requests]
         stored: list[Buffer | None] = list(cache.get_many(names))
         absent = []
         for i, (request, data) in enumerate(zip(requests, stored, strict=True)):
@@ -137,7 +136,7 @@ class PageFetcher:
                 if data is not None:
                     cache.discard(names[i])
                 absent.append(i)
-        found = self._filesystem.read_ranges([_range(requests[i]) for i in absent]) if absent else []
+        found = filesystem.read_ranges([_range(requests[i]) for i in absent]) if absent else []
         for i, data in zip(absent, found, strict=True):
             stored[i] = data
         if absent:
@@ -152,6 +151,15 @@ class PageFetcher:
 T = TypeVar("T")
 _LOT_BYTES = 64 * 1024 * 1024
 _LOCAL_LOT_BYTES = 2 * 1024 * 1024  # what is read is decoded while it is still in the processor's cache
+
+
+def _by_filesystem(requests: Sequence[PageRequest]) -> list[tuple[Filesystem, list[PageRequest]]]:
+    """Requests of each filesystem, in their order."""
+    found: dict[int, tuple[Filesystem, list[PageRequest]]] = {}
+    for request in requests:
+        filesystem = request.segment.filesystem
+        found.setdefault(id(filesystem), (filesystem, []))[1].append(request)
+    return list(found.values())
 
 
 def _place(request: PageRequest) -> tuple[str, str, int]:

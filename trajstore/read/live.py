@@ -7,7 +7,7 @@ evicts, until its commit; afterwards the pages are like any other, under the sam
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from trajstore.read.pinning import PinnedRows
 from trajstore.read.segment import RowRange, SegmentReaders
 from trajstore.read.table import Growth, TrajectoryTable
 from trajstore.schema import Column, Schema
-from trajstore.storage.commit import History, Version
+from trajstore.storage.commit import Version
 from trajstore.stored import Array, Stored
 
 _UNKNOWN = 1 << 60  # steps of a segment that still grows
@@ -134,20 +134,26 @@ class LiveTrajectories:
     """The trajectory table of a handle that also appends. Used by several threads.
 
     Args:
-        history: The store's versions.
+        table_of: Makes the table of a version.
         version: The latest that the handle knows.
         cache: Holds pages of what is not committed.
         readers: Learn of segments that are not committed.
     """
 
-    def __init__(self, history: History, version: Version, cache: PageCache, readers: SegmentReaders) -> None:
-        self._history = history
+    def __init__(
+        self,
+        table_of: Callable[[Version], TrajectoryTable],
+        version: Version,
+        cache: PageCache,
+        readers: SegmentReaders,
+    ) -> None:
+        self._table_of = table_of
         self._cache = cache
         self._readers = readers
         self._lock = threading.RLock()
         self._version = version  # that the next table is to show
         self._schema = version.snapshot.schema
-        self._growth = Growth(TrajectoryTable(history, version))
+        self._growth = Growth(table_of(version))
         self._segments: dict[str, LiveSegment] = {}
         self._reservation: Reservation | None = None
 
@@ -156,7 +162,7 @@ class LiveTrajectories:
         with self._lock:
             if self._growth.base.version.number != self._version.number:
                 waiting = [row for row in self._growth.rows if row.segment in self._segments]
-                grown = Growth(TrajectoryTable(self._history, self._version))
+                grown = Growth(self._table_of(self._version))
                 for row in waiting:
                     grown.add(row, self._segments[row.segment].entry)
                 self._growth = grown

@@ -57,8 +57,8 @@ class SegmentReader:
         self, entry: SegmentEntry, schema: Schema, filesystem: Filesystem, workers: Workers, data: bytes | None
     ) -> None:
         self.entry = entry
+        self.filesystem = filesystem
         self._schema = schema
-        self._filesystem = filesystem
         self._workers = workers
         key = layout.segment_key(entry.uuid, layout.PAGES_FILE)
         if data is None:
@@ -104,7 +104,7 @@ class SegmentReader:
         if rows.start == rows.stop:
             return out
         pages = range(rows.start // source.page_rows, -(-rows.stop // source.page_rows))
-        if self._filesystem.overlaps_reads:
+        if self.filesystem.overlaps_reads:
             for batch in _batches(source, pages):
                 stored = self._read_pages(source, batch)
                 self._map(
@@ -208,7 +208,7 @@ class SegmentReader:
             ) from None
 
     def _where(self, source: PageSource) -> str:
-        return f"{layout.segment_key(self.entry.uuid, source.object)} in {self._filesystem.description}"
+        return f"{layout.segment_key(self.entry.uuid, source.object)} in {self.filesystem.description}"
 
     def _read_pages(self, source: PageSource, pages: range) -> list[Buffer]:
         """Neighbouring pages, which lie end to end in their object: one read."""
@@ -216,7 +216,7 @@ class SegmentReader:
         offsets = source.offsets[pages.start : pages.stop].tolist()
         sizes = source.nbytes[pages.start : pages.stop].tolist()
         run = ByteRange(key, offsets[0], offsets[-1] + sizes[-1])
-        view = memoryview(self._filesystem.read_ranges([run])[0])
+        view = memoryview(self.filesystem.read_ranges([run])[0])
         found: list[Buffer] = []
         for offset, size in zip(offsets, sizes, strict=True):
             page = view[offset - run.start : offset - run.start + size]
@@ -316,6 +316,11 @@ class SegmentReaders:
         self._lock = threading.Lock()
         self._readers: dict[str, SegmentReader] = {}
         self._live: dict[str, Any] = {}
+        self._elsewhere: dict[str, Filesystem] = {}  # of segments that lie in other stores
+
+    def place(self, entry: SegmentEntry, filesystem: Filesystem) -> None:
+        """Say that a segment lies in another store."""
+        self._elsewhere[entry.uuid] = filesystem
 
     def open(self, entry: SegmentEntry, schema: Schema) -> SegmentReader:
         """The reader of a segment; its page index is read once."""
@@ -335,11 +340,21 @@ class SegmentReaders:
         found = {e.uuid: self._live.get(e.uuid) or self._readers.get(e.uuid) for e in entries}
         unknown = [entry for entry in entries if found[entry.uuid] is None]
         for lot in (unknown[i : i + _OPENED_TOGETHER] for i in range(0, len(unknown), _OPENED_TOGETHER)):
-            indexes = self._filesystem.read_many([layout.segment_key(e.uuid, layout.PAGES_FILE) for e in lot])
-            for entry, data in zip(lot, indexes, strict=True):
-                found[entry.uuid] = SegmentReader(entry, schema, self._filesystem, self._workers, data)
+            for filesystem, here in self._by_place(lot):
+                indexes = filesystem.read_many([layout.segment_key(e.uuid, layout.PAGES_FILE) for e in here])
+                for entry, data in zip(here, indexes, strict=True):
+                    found[entry.uuid] = SegmentReader(entry, schema, filesystem, self._workers, data)
         self._remember(reader for entry in unknown if (reader := found[entry.uuid]) is not None)
         return [reader for entry in entries if (reader := found[entry.uuid]) is not None]
+
+    def _by_place(self, entries: Sequence[SegmentEntry]) -> list[tuple[Filesystem, list[SegmentEntry]]]:
+        if not self._elsewhere:
+            return [(self._filesystem, list(entries))]
+        places: dict[int, tuple[Filesystem, list[SegmentEntry]]] = {}
+        for entry in entries:
+            filesystem = self._elsewhere.get(entry.uuid, self._filesystem)
+            places.setdefault(id(filesystem), (filesystem, []))[1].append(entry)
+        return list(places.values())
 
     def _remember(self, readers: Iterable[SegmentReader]) -> None:
         with self._lock:

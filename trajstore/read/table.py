@@ -13,7 +13,6 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from trajstore.errors import UntrustedBaseError
 from trajstore.format.manifest import INDEX_FIELDS, SegmentEntry, TrajectoryRow, build_table, live_rows, table_schema
 from trajstore.schema import Schema
 from trajstore.storage.commit import History, Version
@@ -37,13 +36,6 @@ class TrajectoryTable:
         self.segments: list[SegmentEntry] = []
         entries = version.snapshot.manifests
         for entry, manifest in zip(entries, history.read_manifests(entries, INDEX_FIELDS), strict=True):
-            for segment in manifest.segments:
-                if segment.base is not None:
-                    base = version.snapshot.bases[segment.base]
-                    raise UntrustedBaseError(
-                        f"segment {segment.uuid} lies in another store, {base.url}, which this trajstore does not open; "
-                        "upgrade trajstore, or make a self-contained copy of the store with the one that wrote it"
-                    )
             table = live_rows(entry, manifest.table.select(INDEX_FIELDS))
             arrays = {name: table[name].to_numpy() for name in INDEX_FIELDS}
             arrays["segment"] = arrays["segment"].astype(np.int32) + np.int32(len(self.segments))

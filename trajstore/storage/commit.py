@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import random
+import threading
 import time
 import uuid
 from collections import OrderedDict
@@ -35,11 +36,10 @@ from trajstore.format.snapshot import (
     NO_PARENT,
     ManifestEntry,
     Snapshot,
-    Totals,
     digest,
     next_timestamp,
 )
-from trajstore.schema import Schema
+from trajstore.storage.changes import Change, MergedManifests
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.retry import race_pause_s
 from trajstore.storage.tiers import merge_from
@@ -67,57 +67,8 @@ class Version:
 EMPTY_VERSION = Version(EMPTY, NO_PARENT)
 
 
-@dataclass(frozen=True)
-class Append:
-    """A change that adds trajectories: it can be rebased onto any history whose schema admits its own."""
-
-    schema: Schema
-    entry: ManifestEntry | None  # of the fresh manifest, already stored; None for a change of schema only
-    nbytes: int  # stored bytes of its segments
-    operation: str = "append"
-
-    def apply(self, parent: Snapshot, merged: MergedManifests | None) -> Snapshot:
-        """The next snapshot, but for its identity.
-
-        Raises:
-            SchemaConflictError: Another writer gave the store a schema that this change does not fit.
-        """
-        manifests = parent.manifests
-        if merged is not None and merged.fits(manifests):
-            after = merged.first + len(merged.replaces)
-            manifests = (*manifests[: merged.first], merged.entry, *manifests[after:])
-        fresh = () if self.entry is None else (replace(self.entry, first_id=parent.next_id),)
-        added = fresh[0].trajectories if fresh else 0
-        steps = fresh[0].steps if fresh else 0
-        return replace(
-            parent,
-            operation=self.operation,
-            schema=parent.schema.merged_with(self.schema),
-            next_id=parent.next_id + added,
-            totals=Totals(
-                parent.totals.trajectories + added,
-                parent.totals.steps + steps,
-                parent.totals.nbytes + self.nbytes,
-            ),
-            manifests=(*manifests, *fresh),
-        )
-
-
-@dataclass(frozen=True)
-class MergedManifests:
-    """One manifest, already stored, that can take the place of several neighbours in a snapshot."""
-
-    first: int
-    replaces: tuple[ManifestEntry, ...]
-    entry: ManifestEntry
-
-    def fits(self, manifests: Sequence[ManifestEntry]) -> bool:
-        """Whether the ones that were merged still stand where they stood."""
-        return tuple(manifests[self.first : self.first + len(self.replaces)]) == self.replaces
-
-
 class History:
-    """The versions of one store.
+    """The versions of one store. Used by several threads.
 
     Args:
         filesystem: Where the store is.
@@ -141,6 +92,7 @@ class History:
         self._rng = rng or random.Random()  # noqa: S311 - spreads writers in time, keeps no secret
         self._commit_timeout_s = commit_timeout_s
         self._race_pause_base_s = race_pause_base_s
+        self._lock = threading.Lock()
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
         self._hinted_at = float("-inf")
         self._hinted = 0  # the last version written to the hint
@@ -188,7 +140,7 @@ class History:
             )
         return self._parse(version, data)
 
-    def commit(self, change: Append, head: Version) -> Version:
+    def commit(self, change: Change, head: Version) -> Version:
         """Make a change visible on top of the latest version.
 
         Args:
@@ -197,16 +149,17 @@ class History:
 
         Raises:
             SchemaConflictError: The change no longer fits.
+            IndexRangeError: What it deletes is no longer there.
             CommitError: No try won within the time allowed.
             CommitOutcomeUnknownError: The storage never said whether it landed.
         """
         commit_id = uuid.uuid4().hex
-        merged = self._merge_manifests(head.snapshot)
+        merged = self._merge_manifests(head.snapshot) if change.merges else None
         deadline = time.monotonic() + self._commit_timeout_s
         lost = 0
         while True:
             snapshot = replace(
-                change.apply(head.snapshot, merged),
+                change.apply(head.snapshot, merged, self.read_manifests),
                 version=head.number + 1,
                 commit_id=commit_id,
                 parent_sha256=head.sha256,
@@ -230,9 +183,10 @@ class History:
     def remember(self, entry: ManifestEntry, manifest: Manifest) -> None:
         """Keep a small manifest at hand for the merge that it will soon be part of."""
         if entry.rows <= _CACHED_MANIFEST_ROWS:
-            self._manifests[entry.path] = manifest
-            while len(self._manifests) > _CACHED_MANIFESTS:
-                self._manifests.popitem(last=False)
+            with self._lock:
+                self._manifests[entry.path] = manifest
+                while len(self._manifests) > _CACHED_MANIFESTS:
+                    self._manifests.popitem(last=False)
 
     def read_manifests(self, entries: Sequence[ManifestEntry], columns: Sequence[str] | None = None) -> list[Manifest]:
         """Manifests, read concurrently.
@@ -241,15 +195,16 @@ class History:
             MissingObjectError: One is not there.
             CorruptionError: One is not what the snapshot names.
         """
-        wanted = [e for e in entries if e.path not in self._manifests]
-        read: dict[str, Manifest] = {}
+        with self._lock:
+            read = {e.path: self._manifests[e.path] for e in entries if e.path in self._manifests}
+        wanted = [e for e in entries if e.path not in read]
         for entry, data in zip(wanted, self._filesystem.read_many([e.path for e in wanted]), strict=True):
             if data is None:
                 raise MissingObjectError(
                     f"{entry.path} of {self._filesystem.description} is not there; restore it from a copy"
                 )
             read[entry.path] = decode_manifest(entry, data, columns)
-        return [read[e.path] if e.path in read else self._manifests[e.path] for e in entries]
+        return [read[e.path] for e in entries]
 
     def _merge_manifests(self, parent: Snapshot) -> MergedManifests | None:
         first = merge_from([entry.rows for entry in parent.manifests])

@@ -7,7 +7,7 @@ in the world gets True for a key. Every implementation inherits the same conform
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +125,30 @@ class Filesystem(ABC):
         """All objects under ``prefix/``, or of the whole store for ``""``; nothing if there are none."""
 
     @abstractmethod
+    def copy_from(
+        self,
+        source: Filesystem,
+        objects: Sequence[ObjectInfo],
+        *,
+        link: bool = True,
+        done: Callable[[ObjectInfo], None] = lambda _: None,
+    ) -> int:
+        """Have immutable objects of another store under the same keys; when this returns, they are durable.
+
+        Args:
+            source: Where they are.
+            objects: Which. One that is here already stays, or is replaced by the same bytes.
+            link: Let both stores share the bytes if the disk can (hard links).
+            done: Called after each, maybe from several threads.
+
+        Returns:
+            Bytes that were written.
+
+        Raises:
+            MissingObjectError: One is not there.
+        """
+
+    @abstractmethod
     def errors(self, key: str) -> AbstractContextManager[Any]:
         """Translate what the storage raises inside the block into the tree of ``trajstore.errors``."""
 
@@ -146,6 +170,17 @@ class Filesystem(ABC):
                 wanted = ranges[member]
                 out[member] = view[wanted.start - run.start : wanted.stop - run.start]
         return out
+
+
+def read_in_pieces(source: Filesystem, info: ObjectInfo, *, piece_bytes: int = 16 * 1024 * 1024) -> Iterator[Buffer]:
+    """A whole object, in memory one piece at a time.
+
+    Raises:
+        MissingObjectError: It is not there.
+    """
+    for start in range(0, info.nbytes, piece_bytes):
+        stop = min(start + piece_bytes, info.nbytes)
+        yield source.read_runs([ReadRun(info.key, start, stop, (0,))])[0]
 
 
 def coalesce(

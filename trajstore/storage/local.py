@@ -12,7 +12,7 @@ import ctypes
 import errno
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from trajstore.errors import (
     CommitOutcomeUnknownError,
@@ -24,7 +24,7 @@ from trajstore.errors import (
     UnsupportedStorageError,
 )
 from trajstore.storage.descriptors import OpenFiles
-from trajstore.storage.filesystem import Buffer, Filesystem, ObjectInfo, ObjectStream, ReadRun
+from trajstore.storage.filesystem import Buffer, Filesystem, ObjectInfo, ObjectStream, ReadRun, read_in_pieces
 from trajstore.storage.workers import Workers
 
 _IOV_MAX = 1024
@@ -156,6 +156,23 @@ class LocalFilesystem(Filesystem):
                 with contextlib.suppress(FileNotFoundError):  # a temporary file of a commit in progress
                     yield ObjectInfo(os.path.relpath(path, self.root).replace(os.sep, "/"), os.stat(path).st_size)
 
+    def copy_from(
+        self,
+        source: Filesystem,
+        objects: Sequence[ObjectInfo],
+        *,
+        link: bool = True,
+        done: Callable[[ObjectInfo], None] = lambda _: None,
+    ) -> int:
+        """Hard links where both are on one disk, whose bytes were synced when they were written; else copies."""
+        dirty = {os.path.dirname(info.key) for info in objects}
+        for folder in dirty:
+            with self.errors(folder):
+                self._ensure_directory(folder)
+        copied = sum(self._workers.map(lambda info: self._copy_one(source, info, link, done), objects))
+        self._sync_directories(dirty)
+        return copied
+
     @contextlib.contextmanager
     def errors(self, key: str) -> Iterator[None]:
         """Translate OSError."""
@@ -201,6 +218,42 @@ class LocalFilesystem(Filesystem):
                     raise self._ended(run.key, run.start + len(data), run.stop)
                 data += more
             return data
+
+    def _copy_one(
+        self, source: Filesystem, info: ObjectInfo, link: bool, done: Callable[[ObjectInfo], None]
+    ) -> int:
+        target = self._path(info.key)
+        with self.errors(info.key):
+            linked = link and isinstance(source, LocalFilesystem) and self._linked(source._path(info.key), target)
+            if not linked:
+                self._copy(read_in_pieces(source, info), target)
+        done(info)
+        return 0 if linked else info.nbytes
+
+    def _linked(self, origin: str, target: str) -> bool:
+        try:
+            self._link(origin, target)
+        except FileExistsError:
+            return True
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            return False
+        return True
+
+    def _copy(self, pieces: Iterable[Buffer], target: str) -> None:
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        descriptor = self._create_file(temporary)
+        try:
+            for piece in pieces:
+                self._write(descriptor, [piece], temporary)
+            self._fsync_file(descriptor, temporary)
+            self._rename(temporary, target)
+        except BaseException:
+            self._remove_temporary(temporary)
+            raise
+        finally:
+            os.close(descriptor)
 
     def _ended(self, key: str, end: int, expected: int) -> CorruptionError:
         return CorruptionError(f"{key} in {self.root} ends at byte {end}, expected {expected}; restore it from a copy")

@@ -34,7 +34,8 @@ from trajstore.format.manifest import (
     manifest_entry,
 )
 from trajstore.schema import Column, Schema
-from trajstore.storage.commit import Append, History, Version
+from trajstore.storage.changes import Append, Change
+from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem, ObjectStream
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Stored
@@ -222,6 +223,13 @@ class Writer:
                     "the commit goes on in the background, call flush() again"
                 )
             self._raise_background_errors()
+
+    def commit(self, change: Change) -> Version:
+        """Flush, then commit another change."""
+        self.flush()
+        version = self._history.commit(change, self._head)
+        self.head = version
+        return version
 
     def close(self) -> None:
         """Flush, then end the thread. May be called twice."""
@@ -457,7 +465,7 @@ class Writer:
         # The manifest need not wait for the segments: nobody sees either before the snapshot.
         self._filesystem.store(objects, streams)
         entry = manifest_entry(path, data, manifest, first_id=0)
-        change = Append(schema, entry, nbytes=sum(s.entry.nbytes for s in segments))
+        change = Append(schema, (entry,), nbytes=sum(s.entry.nbytes for s in segments))
         version = self._history.commit(change, self._head)
         self._history.remember(entry, Manifest(manifest.table, manifest.segments))
         return version, [segment.entry for segment in segments]

@@ -1,0 +1,123 @@
+"""Other stores whose segments a store refers to.
+
+Invariant: a base is opened only where the store's own parent folder or a prefix that the caller named says so, and only if the
+store there is the one that was meant; anything else is an error that names the line to add.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trajstore.errors import CorruptionError, StoreNotFoundError, UntrustedBaseError
+from trajstore.format import layout
+from trajstore.format.snapshot import Base, StoreDocument
+from trajstore.storage.filesystem import Filesystem
+
+Connect = Callable[[str, Mapping[str, Any] | None], Filesystem]
+
+
+class Bases:
+    """The bases of one store, opened when first needed.
+
+    Args:
+        url: Of the store.
+        connect: From a URL and storage options to a filesystem.
+        options: Storage options of the store itself, used for bases beside it.
+        trusted: Prefixes of URLs that may be opened, with the storage options of each.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        connect: Connect,
+        *,
+        options: Mapping[str, Any] | None = None,
+        trusted: Mapping[str, Mapping[str, Any] | None] | None = None,
+    ) -> None:
+        self._url = url
+        self._connect = connect
+        self._options = options
+        self._trusted = dict(trusted or {})
+        self._opened: dict[tuple[str, str], Filesystem] = {}
+
+    def open(self, base: Base) -> Filesystem:
+        """Where a base is.
+
+        Raises:
+            UntrustedBaseError: Outside the store's parent and the prefixes that were named.
+            StoreNotFoundError: No store is there.
+            CorruptionError: Another store is there.
+        """
+        key = base.url, base.store_uuid
+        if key not in self._opened:
+            self._opened[key] = self._checked(base)
+        return self._opened[key]
+
+    def close(self) -> None:
+        """Let go of their threads and files. May be called twice."""
+        for filesystem in self._opened.values():
+            filesystem.close()
+
+    def _checked(self, base: Base) -> Filesystem:
+        url, options = self._resolve(base.url)
+        filesystem = self._connect(url, options)
+        data = filesystem.read(layout.STORE_DOCUMENT)
+        if data is None:
+            filesystem.close()
+            raise StoreNotFoundError(
+                f"{self._url} refers to segments of the store {url}, which is not there; move it back, or restore it from a copy"
+            )
+        found = StoreDocument.from_bytes(data, key=f"{layout.STORE_DOCUMENT} in {filesystem.description}")
+        if found.store_uuid != base.store_uuid:
+            filesystem.close()
+            raise CorruptionError(
+                f"{self._url} refers to segments of the store {base.store_uuid} at {url}, and another one is there "
+                f"({found.store_uuid}); move the right one back, or restore it from a copy"
+            )
+        return filesystem
+
+    def _resolve(self, url: str) -> tuple[str, Mapping[str, Any] | None]:
+        """An absolute URL and its storage options."""
+        if "::" in url:
+            raise UntrustedBaseError(f"{self._url} refers to the chained URL {url!r}, which is never opened")
+        parent = parent_of(self._url)
+        if url.startswith("../"):
+            below = url.removeprefix("../")
+            if posixpath.normpath(below) != below or below.startswith(("..", "/")):
+                raise UntrustedBaseError(f"{self._url} refers to {url!r}, which leaves its parent folder")
+            return f"{parent}/{below}", self._options
+        if _is_under(url, parent):
+            return url, self._options
+        for prefix, options in self._trusted.items():
+            if _is_under(url, prefix.rstrip("/")):
+                return url, options
+        raise UntrustedBaseError(
+            f"{self._url} refers to segments of the store {url}, outside its own parent folder; if you trust that place, open it "
+            f"with bases={{{url!r}: None}} (or its storage options instead of None)"
+        )
+
+
+def parent_of(url: str) -> str:
+    """The folder that a store is in.
+
+    >>> parent_of("s3://bucket/runs/a"), parent_of("/data/a/")
+    ('s3://bucket/runs', '/data')
+    """
+    return url.rstrip("/").rpartition("/")[0]
+
+
+def reference(to: str, *, seen_from: str) -> str:
+    """How one store names another: relative if both share a parent, else absolute.
+
+    >>> reference("/data/a", seen_from="/data/b"), reference("/data/a", seen_from="/other/b")
+    ('../a', '/data/a')
+    """
+    parent = parent_of(seen_from)
+    return "../" + to.rstrip("/")[len(parent) + 1 :] if parent and parent_of(to) == parent else to
+
+
+def _is_under(url: str, prefix: str) -> bool:
+    parts: Sequence[str] = url.split("/")
+    return bool(prefix) and ".." not in parts and (url == prefix or url.startswith(prefix + "/"))
