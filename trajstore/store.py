@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from trajstore.edit.reclaim import reclaim as reclaim_bytes
 from trajstore.errors import (
     ClosedError,
     ReadOnlyError,
@@ -33,7 +34,7 @@ from trajstore.read.table import TrajectoryTable
 from trajstore.read.usage import StoreUsage, measure_usage
 from trajstore.schema import Column, Schema
 from trajstore.storage.attach import open_existing, open_or_create
-from trajstore.storage.changes import Delete
+from trajstore.storage.changes import Append, Delete
 from trajstore.storage.commit import History, Version
 from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Filesystem
@@ -347,11 +348,13 @@ class Store:
         """
         self._writing().flush(timeout_s)
 
-    def delete(self, ids: Iterable[int] | Array) -> int:
+    def delete(self, ids: Iterable[int] | Array, *, reclaim: bool = False) -> int:
         """A new version without these trajectories; earlier versions keep them. What was appended before is flushed.
 
         Args:
             ids: ``view.ids``, or some of them.
+            reclaim: Also give back the bytes of whole segments that the new version does not need, and with them every
+                earlier version: for a store that nobody else reads, writes or refers to.
 
         Returns:
             The version.
@@ -372,7 +375,17 @@ class Store:
         chosen = ids if isinstance(ids, np.ndarray) else np.array(list(ids), np.int64)
         if chosen.size and chosen.dtype.kind not in "iu":
             raise SelectionError(f"ids of dtype {chosen.dtype}, expected integers")
-        return self._writing().commit(Delete(np.unique(chosen.astype(np.int64)))).number
+        writer = self._writing()
+        version = writer.commit(Delete(np.unique(chosen.astype(np.int64))))
+        if reclaim:
+            reclaim_bytes(self._filesystem, self._history, version, in_progress=writer.segments_in_progress)
+        return version.number
+
+    def clear(self) -> int:
+        """A new version that holds nothing, so that what comes next may have other columns; earlier versions stay."""
+        version = self._writing().commit(Append(Schema(), (), 0, operation="clear", instead=True))
+        self._live = None
+        return version.number
 
     def refresh(self) -> int:
         """Move on to the latest version, by whomever; returns its number."""

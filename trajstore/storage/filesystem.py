@@ -125,6 +125,10 @@ class Filesystem(ABC):
         """All objects under ``prefix/``, or of the whole store for ``""``; nothing if there are none."""
 
     @abstractmethod
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove objects that nothing refers to; one that is not there is none to remove."""
+
+    @abstractmethod
     def copy_from(
         self,
         source: Filesystem,

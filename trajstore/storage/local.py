@@ -156,6 +156,19 @@ class LocalFilesystem(Filesystem):
                 with contextlib.suppress(FileNotFoundError):  # a temporary file of a commit in progress
                     yield ObjectInfo(os.path.relpath(path, self.root).replace(os.sep, "/"), os.stat(path).st_size)
 
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove files, and folders that they leave empty."""
+        folders = set()
+        for key in keys:
+            with self.errors(key), contextlib.suppress(FileNotFoundError):
+                self._unlink(self._path(key))
+            parts = key.split("/")
+            folders.update("/".join(parts[:depth]) for depth in range(2, len(parts)))
+        for folder in sorted(folders, key=len, reverse=True):
+            self._known_directories.discard(folder)
+            with contextlib.suppress(OSError):  # it is not empty
+                self._remove_directory(self._path(folder))
+
     def copy_from(
         self,
         source: Filesystem,
@@ -342,6 +355,9 @@ class LocalFilesystem(Filesystem):
 
     def _make_directory(self, path: str) -> None:
         os.mkdir(path)
+
+    def _remove_directory(self, path: str) -> None:
+        os.rmdir(path)
 
     def _create_file(self, path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -34,6 +34,7 @@ from trajstore.storage.workers import FORKED
 _log = logging.getLogger(__name__)
 
 _COPIED_TOGETHER = 64
+_REMOVED_TOGETHER = 1000
 _PART_BYTES = 16 * 1024 * 1024
 
 
@@ -132,6 +133,14 @@ class RemoteFilesystem(Filesystem):
             found = self.fs.find(top, detail=True)
         for path, info in sorted(found.items()):
             yield ObjectInfo(path[len(self.root) + 1 :], int(info["size"]))
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove objects, many with one request where the storage can."""
+        for lot in [keys[i : i + _REMOVED_TOGETHER] for i in range(0, len(keys), _REMOVED_TOGETHER)]:
+            with self.errors(", ".join(lot[:3])), contextlib.suppress(FileNotFoundError):
+                for attempt in retrying():
+                    with attempt:
+                        self.fs.rm([self._path(key) for key in lot])
 
     def copy_from(
         self,

@@ -225,11 +225,22 @@ class Writer:
             self._raise_background_errors()
 
     def commit(self, change: Change) -> Version:
-        """Flush, then commit another change."""
+        """Flush, then commit another change; the schema is then the new version's."""
         self.flush()
         version = self._history.commit(change, self._head)
-        self.head = version
+        with self._condition:
+            if version.number > self._head.number:
+                if not self._open.rows and not self._queue:
+                    self._schema = version.snapshot.schema
+                self._adopt(version)
         return version
+
+    @property
+    def segments_in_progress(self) -> set[str]:
+        """Segments that are being written."""
+        with self._condition:
+            batches = [self._open, *self._queue]
+            return {b.uuid for b in (*self._streaming, *(b for batch in batches for b in batch.builders))}
 
     def close(self) -> None:
         """Flush, then end the thread. May be called twice."""
