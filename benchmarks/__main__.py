@@ -14,6 +14,7 @@ from rich.table import Table
 from benchmarks import harness
 
 BENCHMARKS = {
+    "buffers": "the calls of RLinf, ObjectRL and ApexRL against what those projects do",
     "codecs": "which codec and page size suit frames, floats and small integers; Arrow record batches",
     "priority": "prioritized replay: the sum tree against cpprb and TorchRL",
     "sampling": "windows and transitions, hot and cold, local and S3, against memcpy, TorchRL, cpprb and bare reads",

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands."""
+"""What the README and the pages in docs/ show runs as it stands."""
 
 import re
 import subprocess
@@ -13,11 +13,23 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 # The blocks of a section run one after the other.
 SECTIONS = {part.splitlines()[0]: BLOCK.findall(part) for part in README.split("\n## ")[1:] if BLOCK.search(part)}
 
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_examples_run(section, tmp_path):
-    code = "\n".join(SECTIONS[section])
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True, timeout=120)
+    run("\n".join(SECTIONS[section]), tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_of_a_page_run(page, tmp_path):
+    found = BLOCK.findall((ROOT / "docs" / page).read_text())
+    assert found
+    run("\n".join(found), tmp_path)  # the blocks of a page run one after the other
+
+
+def run(code, folder):
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, check=True, timeout=120)
 
 
 def test_every_command_is_one_that_the_command_line_has():
@@ -30,5 +42,5 @@ def test_every_command_is_one_that_the_command_line_has():
 
 
 def test_paths_in_the_map_exist():
-    for name in re.findall(r"`((?:trajstore|schemas|benchmarks|tests)/[\w./]*)`", README):
+    for name in re.findall(r"`((?:trajstore|schemas|benchmarks|tests|docs)/[\w./]*)`", README):
         assert (ROOT / name).exists(), name

@@ -6,9 +6,10 @@ Invariant: a handle shows one version at a time; it moves on with its own commit
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import pandas as pd
 from trajstore.edit.reclaim import reclaim as reclaim_bytes
 from trajstore.errors import (
     ClosedError,
+    LengthError,
     ReadOnlyError,
     SchemaError,
     SelectionError,
@@ -280,6 +282,8 @@ class Store:
                 live = LiveTrajectories(self._table_of, self._writer.head, self._access.cache, self._access.readers)
                 self._writer.follow(live)
                 self._live = live
+            elif self._writer.hides:  # there was no memory to keep all of it in
+                self._writer.flush()
             return self._live.table()
         current = self._current()
         if self._table is None or self._table.version.number != current.number:
@@ -294,6 +298,11 @@ class Store:
         if refresh:
             self.refresh()
         return self.trajectories
+
+    @property
+    def num_trajectories(self) -> int:
+        """Trajectories of the version that this handle shows; what waits to be committed is not counted."""
+        return self._current().snapshot.totals.trajectories
 
     @property
     def pending(self) -> int:
@@ -325,6 +334,53 @@ class Store:
         """
         return self._writing().append(
             columns, terminated=terminated, truncated=truncated, metadata=_joined(metadata, fields)
+        )
+
+    def append_many(
+        self,
+        columns: Mapping[str, Any],
+        lengths: Sequence[int] | Array,
+        *,
+        terminated: Sequence[bool] | Array | bool = False,
+        truncated: Sequence[bool] | Array | bool = False,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        **fields: Any,
+    ) -> list[TrajectoryRef]:
+        """Append several trajectories at once; they become durable together.
+
+        Args:
+            columns: As for ``append``, the trajectories end to end: one row per step, and of states with a final observation
+                one more per trajectory.
+            lengths: ``(n,)`` steps of each.
+            terminated: ``(n,)``, or one for all: it ended in a terminal state.
+            truncated: ``(n,)``, or one for all: it was cut off.
+            metadata: Fields of each trajectory.
+            **fields: Fields of all.
+
+        Raises:
+            SchemaError: One of its subclasses, naming the column or field; nothing is appended.
+            TrajstoreError: A background commit failed since the last call.
+
+        Examples:
+            >>> import numpy as np, trajstore
+            >>> with trajstore.open("memory://docs/append_many", mode="a") as store:
+            ...     refs = store.append_many({"action": np.arange(5)}, [2, 3], terminated=[True, False], task="pick")
+            ...     store.trajectories[1]["action"][:]
+            array([2, 3, 4])
+        """
+        counts = [operator.index(n) for n in np.asarray(lengths).tolist()]
+        about = [{}] * len(counts) if metadata is None else metadata
+        if len(about) != len(counts):
+            raise LengthError(f"metadata of {len(about)} trajectories, lengths of {len(counts)}")
+        for one in about:
+            _check_given_once(one, fields)
+        return self._writing().append_many(
+            columns,
+            counts,
+            terminated=_for_each("terminated", terminated, len(counts)),
+            truncated=_for_each("truncated", truncated, len(counts)),
+            metadata=about,
+            shared=fields,
         )
 
     def begin(self, *, metadata: Mapping[str, Any] | None = None, **fields: Any) -> Episode:
@@ -380,6 +436,14 @@ class Store:
         if reclaim:
             reclaim_bytes(self._filesystem, self._history, version, in_progress=writer.segments_in_progress)
         return version.number
+
+    def declare(self, schema: Schema | Iterable[Column]) -> None:
+        """Add columns, as ``schema=`` of ``open`` does: all of them if there are none yet, otherwise optional ones.
+
+        Raises:
+            SchemaConflictError: A column differs, or a new one is required.
+        """
+        self._writing().declare(schema if isinstance(schema, Schema) else Schema(tuple(schema)))
 
     def clear(self) -> int:
         """A new version that holds nothing, so that what comes next may have other columns; earlier versions stay."""
@@ -476,8 +540,19 @@ class Store:
         return self._writer
 
 
+def _for_each(name: str, flags: Sequence[bool] | Array | bool, count: int) -> list[bool]:
+    each = np.broadcast_to(np.asarray(flags, bool), (count,)) if np.ndim(flags) == 0 else np.asarray(flags, bool)
+    if each.shape != (count,):
+        raise LengthError(f"{name} of shape {list(each.shape)}, expected one for each of {count} trajectories")
+    return each.tolist()  # type: ignore[no-any-return]
+
+
 def _joined(metadata: Mapping[str, Any] | None, fields: Mapping[str, Any]) -> dict[str, Any]:
-    both = set(metadata or ()) & set(fields)
-    if both:
-        raise SchemaError(f"metadata field {sorted(both)[0]!r} is given twice, as a keyword and in metadata=")
+    _check_given_once(metadata or {}, fields)
     return {**(metadata or {}), **fields}
+
+
+def _check_given_once(metadata: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    both = metadata.keys() & fields.keys()
+    if both:
+        raise SchemaError(f"metadata field {min(both)!r} is given twice, as a keyword and in metadata=")

@@ -68,33 +68,82 @@ def check_trajectory(tree: Mapping[str, Any], schema: Schema) -> tuple[CheckedTr
     Raises:
         SchemaError: One of its subclasses, naming the column; nothing has been stored.
     """
-    flat = flatten(tree)
-    if not flat:
-        raise LengthError("a trajectory needs at least one column; the mapping is empty")
+    flat = _flat(tree)
     if len(schema):
-        columns = {}
-        for path, value in flat.items():
-            column = schema.get(path)
-            if column is None:
-                raise UnknownColumnError(
-                    f"column {path!r} is not in the schema ({', '.join(repr(c.path) for c in schema)}); leave it out, or "
-                    "open the store with a schema that adds it as an optional column"
-                )
-            # The ordinary case, before anything that costs microseconds: an array that already is what is stored.
-            plain = type(value) is np.ndarray and value.dtype is column.array_dtype
-            as_stored = plain and value.ndim and value.shape[1:] == column.shape
-            columns[path] = value if as_stored else check_rows(column, rows_of(path, value, column))
-        missing = [path for path in schema.required if path not in flat]
-        if missing:
-            raise MissingColumnError(
-                f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, sorted(missing)))} missing: the schema requires "
-                f"{', '.join(map(repr, sorted(schema.required)))}"
-            )
+        columns = _checked(flat, schema)
     else:
         rows = {path: rows_of(path, value) for path, value in flat.items()}
         schema = replace(schema, columns=infer_columns(rows))
         columns = {path: r.data for path, r in rows.items()}
     return CheckedTrajectory(columns, _common_length(columns, schema)), schema
+
+
+def check_trajectories(
+    tree: Mapping[str, Any], lengths: Sequence[int], schema: Schema
+) -> tuple[Mapping[str, Stored], Schema]:
+    """As ``check_trajectory``, for several trajectories end to end.
+
+    Args:
+        tree: Nested mapping of columns; every leaf has the rows of all trajectories: one per step, and for columns with
+            ``extra=1`` one more per trajectory.
+        lengths: Steps of each.
+        schema: The store's schema.
+
+    Returns:
+        The columns, and the schema with inferred columns if it had none.
+    """
+    flat = _flat(tree)
+    steps, states = sum(lengths), sum(lengths) + len(lengths)
+    if not lengths or min(lengths) < 1:
+        raise LengthError(f"lengths {list(lengths)[:8]}, expected one number from 1 on for each trajectory")
+    if not len(schema):
+        rows = {path: rows_of(path, value) for path, value in flat.items()}
+        extra = {path for path, r in rows.items() if len(r) == states}
+        inferred = [
+            Column(path=path, dtype=r.dtype, shape=r.shape, ragged=r.ragged, extra=1 if path in extra else 0)
+            for path, r in rows.items()
+        ]
+        schema = replace(schema, columns=tuple(inferred))
+        flat = dict(rows)
+    columns = _checked(flat, schema)
+    for path, data in columns.items():
+        expected = states if schema[path].extra else steps
+        if len(data) != expected:
+            raise LengthError(
+                f"column {path!r} has {len(data)} rows, expected {expected}: {len(lengths)} trajectories of {steps} steps in "
+                "all" + (", and the final observation of each" if schema[path].extra else "")
+            )
+    return columns, schema
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flatten(tree)
+    if not flat:
+        raise LengthError("a trajectory needs at least one column; the mapping is empty")
+    return flat
+
+
+def _checked(flat: Mapping[str, Any], schema: Schema) -> dict[str, Stored]:
+    """Columns as the schema stores them, none missing."""
+    columns = {}
+    for path, value in flat.items():
+        column = schema.get(path)
+        if column is None:
+            raise UnknownColumnError(
+                f"column {path!r} is not in the schema ({', '.join(repr(c.path) for c in schema)}); leave it out, or "
+                "open the store with a schema that adds it as an optional column"
+            )
+        # The ordinary case, before anything that costs microseconds: an array that already is what is stored.
+        plain = type(value) is np.ndarray and value.dtype is column.array_dtype
+        as_stored = plain and value.ndim and value.shape[1:] == column.shape
+        columns[path] = value if as_stored else check_rows(column, rows_of(path, value, column))
+    missing = [path for path in schema.required if path not in flat]
+    if missing:
+        raise MissingColumnError(
+            f"column{'s' * (len(missing) > 1)} {', '.join(map(repr, sorted(missing)))} missing: the schema requires "
+            f"{', '.join(map(repr, sorted(schema.required)))}"
+        )
+    return columns
 
 
 def infer_columns(rows: Mapping[str, Rows]) -> tuple[Column, ...]:

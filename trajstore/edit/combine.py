@@ -1,7 +1,8 @@
 """A version made of trajectories of other stores: new manifest rows over segments that are shared.
 
-Invariant: every object that the new version names is in place before it is committed, and no step is decoded on the way. What
-fails leaves the target as it was; what it had written already has names that nobody else uses, and the next try uses it again.
+Invariant: every object that the new version names is in place before it is committed, and no step is decoded on the way.
+What fails leaves the target as it was; what it had written already has names that nobody else uses, and the next try uses it
+again.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def combine(
     Args:
         sources: Their trajectories, one after the other.
         target: Where the version goes; a store is made if there is none.
-        share: ``"link"``: the target gets the segments' objects, by hard links on one disk, copied by the server in one bucket,
-            else copied here. ``"copy"``: bytes of its own. ``"reference"``: the segments stay where they are.
+        share: ``"link"``: the target gets the segments' objects, by hard links on one disk, copied by the server in one
+            bucket, else copied here. ``"copy"``: bytes of its own. ``"reference"``: the segments stay where they are.
         order: ``(n,)`` int64 positions among all trajectories; by default as they come.
         fields: Metadata fields to set: name -> type and ``(n,)`` values, one for each position before ordering.
         instead: Whether the new version holds these trajectories only; otherwise there must be no store yet.
@@ -159,9 +160,7 @@ def union_schema(schemas: Sequence[Schema], fields: Mapping[str, tuple[str, Arra
 
 def _relaxed(schema: Schema, lacking: set[str]) -> Schema:
     """Columns that not every store has are optional in the union."""
-    columns = [
-        replace(c, presence="optional") if c.path in lacking and c.presence == "required" else c for c in schema
-    ]
+    columns = [replace(c, presence="optional") if c.path in lacking and c.presence == "required" else c for c in schema]
     return Schema(tuple(columns), schema.metadata)
 
 
@@ -170,7 +169,8 @@ def _check_committed(sources: Sequence[Source]) -> None:
         waiting = len(source.selection) - len(source.selection.committed())
         if waiting:
             raise SelectionError(
-                f"{waiting} trajectories of {source.filesystem.description} are not yet committed: flush() the store and take "
+                f"{waiting} trajectories of {source.filesystem.description} are not yet committed: flush() the store "
+                f"and take "
                 "the view again"
             )
 

@@ -1,7 +1,7 @@
 """Other stores whose segments a store refers to.
 
-Invariant: a base is opened only where the store's own parent folder or a prefix that the caller named says so, and only if the
-store there is the one that was meant; anything else is an error that names the line to add.
+Invariant: a base is opened only where the store's own parent folder or a prefix that the caller named says so, and only if
+the store there is the one that was meant; anything else is an error that names the line to add.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Bases:
         if data is None:
             filesystem.close()
             raise StoreNotFoundError(
-                f"{self._url} refers to segments of the store {url}, which is not there; move it back, or restore it from a copy"
+                f"{self._url} refers to segments of the store {url}, which is not there; move it back, or restore it "
+                f"from a copy"
             )
         found = StoreDocument.from_bytes(data, key=f"{layout.STORE_DOCUMENT} in {filesystem.description}")
         if found.store_uuid != base.store_uuid:
@@ -94,7 +95,8 @@ class Bases:
             if _is_under(url, prefix.rstrip("/")):
                 return url, options
         raise UntrustedBaseError(
-            f"{self._url} refers to segments of the store {url}, outside its own parent folder; if you trust that place, open it "
+            f"{self._url} refers to segments of the store {url}, outside its own parent folder; if you trust that "
+            f"place, open it "
             f"with bases={{{url!r}: None}} (or its storage options instead of None)"
         )
 

@@ -169,31 +169,36 @@ class LiveTrajectories:
             return self._growth.table(self._schema)
 
     def appended(
-        self, row: TrajectoryRow, columns: Mapping[str, Stored], page_rows: Mapping[str, int], schema: Schema
+        self,
+        rows: Sequence[TrajectoryRow],
+        columns: Mapping[str, Stored],
+        page_rows: Mapping[str, int],
+        schema: Schema,
     ) -> bool:
-        """Show a trajectory; False if there is no room for it, so that it can be shown only once it is committed.
+        """Show trajectories; False if there is no room for them, so that they can be shown only once they are committed.
 
         Args:
-            row: The trajectory.
-            columns: Its rows.
-            page_rows: Rows per page of each group of columns of its segment.
-            schema: Of the store, with what this trajectory adds.
+            rows: The trajectories, neighbours in one segment.
+            columns: Their rows, end to end.
+            page_rows: Rows per page of each group of columns of their segment.
+            schema: Of the store, with what these trajectories add.
         """
         with self._lock:
             self._schema = schema
-            segment = self._segments.get(row.segment)
+            segment = self._segments.get(rows[0].segment)
             if segment is None:
                 present = [schema[path] for path in columns]
                 try:
                     self._reserve(schema, page_rows)
                 except CacheTooSmallError:
                     return False
-                segment = LiveSegment(row.segment, present, page_rows, self._cache, self._readers)
-                self._segments[row.segment] = segment
+                segment = LiveSegment(rows[0].segment, present, page_rows, self._cache, self._readers)
+                self._segments[rows[0].segment] = segment
                 self._readers.add_live(segment)
             if segment.closed or not segment.add(columns):
                 return False
-            self._growth.add(row, segment.entry)
+            for row in rows:
+                self._growth.add(row, segment.entry)
             return True
 
     def committed(self, version: Version, entries: Sequence[SegmentEntry], ids: Mapping[bytes, int]) -> None:

@@ -68,15 +68,15 @@ class PinnedRows:
                         return False
                     group.row_of_page[page] = start
                     group.extent_of_page[page] = page_rows
-            for path, data in rows.items():
-                arena = group.arenas[path].numpy()
-                done = 0
-                while done < count:
-                    page, inside = divmod(first + done, page_rows)
-                    n = min(count - done, page_rows - inside)
-                    start = int(group.row_of_page[base + page]) + inside
-                    arena[start : start + n] = data[done : done + n]
-                    done += n
+            pages = group.row_of_page[base + first // page_rows : base + last + 1]
+            # Pages that lie end to end are filled in one go.
+            breaks = (np.flatnonzero(np.diff(pages) != page_rows) + 1).tolist()
+            for begin, end in zip([0, *breaks], [*breaks, len(pages)], strict=True):
+                lo = max(begin * page_rows - first % page_rows, 0)
+                hi = min(end * page_rows - first % page_rows, count)
+                start = int(pages[begin]) + (first % page_rows if begin == 0 else 0)
+                for path, data in rows.items():
+                    group.arenas[path].numpy()[start : start + hi - lo] = data[lo:hi]
             return True
 
     def release(self, number: int, entry: SegmentEntry, rows: Mapping[str, int] | None) -> None:

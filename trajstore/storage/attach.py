@@ -1,7 +1,7 @@
 """Find a store, or make one.
 
-Invariant: a place that is refused holds nothing that looks like a store; of several that make one at the same place at the same
-time, one does and the others open it.
+Invariant: a place that is refused holds nothing that looks like a store; of several that make one at the same place at the
+same time, one does and the others open it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a commit changes: each change says what the next snapshot is, given the one that it lands on.
 
-Invariant: a change holds no version. Who loses the race for one applies the same change to the winner's snapshot, and a change
-that no longer makes sense there raises; nothing is stored again.
+Invariant: a change holds no version. Who loses the race for one applies the same change to the winner's snapshot, and a
+change that no longer makes sense there raises; nothing is stored again.
 """
 
 from __future__ import annotations

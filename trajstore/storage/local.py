@@ -158,7 +158,7 @@ class LocalFilesystem(Filesystem):
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove files, and folders that they leave empty."""
-        folders = set()
+        folders: set[str] = set()
         for key in keys:
             with self.errors(key), contextlib.suppress(FileNotFoundError):
                 self._unlink(self._path(key))
@@ -232,9 +232,7 @@ class LocalFilesystem(Filesystem):
                 data += more
             return data
 
-    def _copy_one(
-        self, source: Filesystem, info: ObjectInfo, link: bool, done: Callable[[ObjectInfo], None]
-    ) -> int:
+    def _copy_one(self, source: Filesystem, info: ObjectInfo, link: bool, done: Callable[[ObjectInfo], None]) -> int:
         target = self._path(info.key)
         with self.errors(info.key):
             linked = link and isinstance(source, LocalFilesystem) and self._linked(source._path(info.key), target)

@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -67,9 +67,13 @@ class Follower(Protocol):
     """Who wants to know of trajectories before they are committed."""
 
     def appended(
-        self, row: TrajectoryRow, columns: Mapping[str, Stored], page_rows: Mapping[str, int], schema: Schema
+        self,
+        rows: Sequence[TrajectoryRow],
+        columns: Mapping[str, Stored],
+        page_rows: Mapping[str, int],
+        schema: Schema,
     ) -> bool:
-        """A trajectory was appended; whether it is shown, or else has to be committed first."""
+        """Trajectories were appended, end to end; whether they are shown, or else have to be committed first."""
 
     def committed(self, version: Version, entries: Sequence[SegmentEntry], ids: Mapping[bytes, int]) -> None:
         """Trajectories were committed: their segments, and their numbers by uuid."""
@@ -79,6 +83,17 @@ class Follower(Protocol):
 
     def advance(self, version: Version) -> None:
         """The store has a newer version."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is known of a trajectory besides its columns."""
+
+    length: int  # steps
+    terminated: bool
+    truncated: bool
+    reward_sum: float | None
+    metadata: Mapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -99,12 +114,24 @@ class Batch:
 
 def total_reward(schema: Schema, columns: Mapping[str, Stored]) -> float | None:
     """Sum of the scalar numeric column ``reward`` in float64, or None without one."""
+    return float(columns["reward"].sum(dtype=np.float64)) if _has_reward(schema, columns) else None
+
+
+def total_rewards(schema: Schema, columns: Mapping[str, Stored], lengths: Sequence[int]) -> Sequence[float | None]:
+    """The same for each of several trajectories, end to end."""
+    if not _has_reward(schema, columns):
+        return [None] * len(lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    sums: list[float | None] = np.add.reduceat(columns["reward"].astype(np.float64), starts).tolist()
+    return sums
+
+
+def _has_reward(schema: Schema, columns: Mapping[str, Stored]) -> bool:
     column = schema.get("reward")
     if column is None or "reward" not in columns or column.shape or column.is_variable or column.extra:
-        return None
-    if column.dtype == "bfloat16" or column.physical_dtype.kind == "c" or column.dtype.startswith(("date", "time")):
-        return None
-    return float(columns["reward"].sum(dtype=np.float64))
+        return False
+    kind = column.physical_dtype.kind
+    return column.dtype != "bfloat16" and kind != "c" and not column.dtype.startswith(("date", "time"))
 
 
 class FreshUuids:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from trajstore.errors import (
@@ -39,8 +39,18 @@ from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem, ObjectStream
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Stored
-from trajstore.values import check_trajectory
-from trajstore.write.batch import Batch, Follower, FreshUuids, TrajectoryRef, WriteOptions, lost_error, total_reward
+from trajstore.values import check_trajectories, check_trajectory
+from trajstore.write.batch import (
+    Batch,
+    Ending,
+    Follower,
+    FreshUuids,
+    TrajectoryRef,
+    WriteOptions,
+    lost_error,
+    total_reward,
+    total_rewards,
+)
 from trajstore.write.blocks import BlockPool
 from trajstore.write.segment import SegmentBuilder
 
@@ -88,6 +98,7 @@ class Writer:
         self._open = Batch(0)
         self._queue: deque[Batch] = deque()
         self._streaming: list[SegmentBuilder] = []  # of episodes that outgrew memory
+        self._hidden_until = -1  # number of the last batch that holds what the follower cannot see
         self._settled = -1  # number of the last batch that was committed or failed
         self._errors: list[Exception] = []
         self._pump_wanted = False
@@ -126,26 +137,67 @@ class Writer:
             self._wait_for_room()
             trajectory, schema = check_trajectory(tree, self._schema)
             fields, schema = _checked_metadata(metadata, schema)
-            present = tuple(c.path for c in schema if c.path in trajectory.columns)
-            builder = self._open.shared.get(present)
-            if builder is None:
-                builder = self._new_builder([schema[path] for path in present])
-                self._open.shared[present] = builder
-                self._open.builders.append(builder)
-            self._schema = schema
             reward_sum = total_reward(schema, trajectory.columns)
-            try:
-                self._append_rows(builder, trajectory.columns)
-                page_rows = builder.page_rows if self._follower is not None else {}
-                ref, row = self._add_row(builder, trajectory.length, terminated, truncated, reward_sum, fields)
-            except BaseException:  # Ctrl-C, or out of memory: some columns may have rows that others lack
-                self._open.shared.pop(present, None)  # what it holds stays; nothing may follow
-                if not builder.trajectories and builder in self._open.builders:
-                    self._open.builders.remove(builder)
-                    builder.abandon()
-                raise
-            self._show(row, trajectory.columns, page_rows)
-            return ref
+            ending = Ending(trajectory.length, terminated, truncated, reward_sum, fields)
+            return self._append(trajectory.columns, schema, [ending])[0]
+
+    def append_many(
+        self,
+        tree: Mapping[str, Any],
+        lengths: Sequence[int],
+        *,
+        terminated: Sequence[bool],
+        truncated: Sequence[bool],
+        metadata: Sequence[Mapping[str, Any]],
+        shared: Mapping[str, Any],
+    ) -> list[TrajectoryRef]:
+        """Copy whole trajectories, end to end, into the open segment; they are committed together.
+
+        ``metadata`` is of each, ``shared`` of all.
+        """
+        with self._begin_change():
+            self._wait_for_room()
+            columns, schema = check_trajectories(tree, lengths, self._schema)
+            common, schema = _checked_metadata(shared, schema)
+            checked = []
+            for values in metadata:
+                fields, schema = _checked_metadata(values, schema)
+                checked.append({**common, **fields})
+            rewards = total_rewards(schema, columns, lengths)
+            endings = [Ending(*e) for e in zip(lengths, terminated, truncated, rewards, checked, strict=True)]
+            return self._append(columns, schema, endings)
+
+    def _append(self, columns: Mapping[str, Stored], schema: Schema, endings: Sequence[Ending]) -> list[TrajectoryRef]:
+        present = tuple(c.path for c in schema if c.path in columns)
+        builder = self._open.shared.get(present)
+        if builder is None:
+            builder = self._new_builder([schema[path] for path in present])
+            self._open.shared[present] = builder
+            self._open.builders.append(builder)
+        self._schema = schema
+        try:
+            self._append_rows(builder, columns)
+            page_rows = builder.page_rows if self._follower is not None else {}
+            added = [self._add_row(builder, ending) for ending in endings]
+        except BaseException:  # Ctrl-C, or out of memory: some columns may have rows that others lack
+            self._open.shared.pop(present, None)  # what it holds stays; nothing may follow
+            if not builder.trajectories and builder in self._open.builders:
+                self._open.builders.remove(builder)
+                builder.abandon()
+            raise
+        self._show([row for _, row in added], columns, page_rows)
+        self._cut_if_full()
+        return [ref for ref, _ in added]
+
+    @property
+    def hides(self) -> bool:
+        """Whether the follower cannot see all trajectories before the next ``flush``."""
+        return self._follower is not None and self._settled < self._hidden_until
+
+    def declare(self, schema: Schema) -> None:
+        """Add columns to the schema; they are committed with the next trajectory."""
+        with self._begin_change():
+            self._schema = self._schema.extended_by(schema)
 
     def follow(self, follower: Follower) -> None:
         """Tell ``follower`` of every trajectory from now on. What was appended before is committed first."""
@@ -196,8 +248,9 @@ class Writer:
             fields, self._schema = _checked_metadata(metadata, self._schema)
             self._streaming.remove(builder)
             self._open.builders.append(builder)
-            ref, row = self._add_row(builder, length, terminated, truncated, reward_sum, fields)
-            self._show(row, None, {})  # its rows are on disk, too many for memory
+            ref, _ = self._add_row(builder, Ending(length, terminated, truncated, reward_sum, fields))
+            self._hidden_until = self._open.number  # its rows are on disk, too many for memory
+            self._cut_if_full()
             return ref
 
     def abandon_stream(self, builder: SegmentBuilder) -> None:
@@ -308,48 +361,36 @@ class Writer:
         if builder.full_bytes >= min(_SUBMIT_BYTES, self.options.write_buffer_bytes // 2):
             self._pump_wanted = True
 
-    def _add_row(
-        self,
-        builder: SegmentBuilder,
-        length: int,
-        terminated: bool,
-        truncated: bool,
-        reward_sum: float | None,
-        metadata: Mapping[str, Any],
-    ) -> tuple[TrajectoryRef, TrajectoryRow]:
-        start, ordinal = builder.end_trajectory(length)
+    def _add_row(self, builder: SegmentBuilder, ending: Ending) -> tuple[TrajectoryRef, TrajectoryRow]:
+        start, ordinal = builder.end_trajectory(ending.length)
         ref = TrajectoryRef(self._uuids.next())
         row = TrajectoryRow(
             uuid=ref._uuid,
             segment=builder.uuid,
             start=start,
             ordinal=ordinal,
-            length=length,
-            terminated=bool(terminated),
-            truncated=bool(truncated),
-            reward_sum=reward_sum,
+            length=ending.length,
+            terminated=bool(ending.terminated),
+            truncated=bool(ending.truncated),
+            reward_sum=ending.reward_sum,
             created_at=self._now(),
-            metadata=metadata,
+            metadata=ending.metadata,
         )
         if not self._open.rows:
             self._open.opened_at = time.monotonic()
             self._pump_wanted = True  # so that the thread learns of the deadline
         self._open.rows.append((ref, row))
+        return ref, row
+
+    def _show(self, rows: Sequence[TrajectoryRow], columns: Mapping[str, Stored], page_rows: Mapping[str, int]) -> None:
+        """Let the follower see trajectories; if that takes too much memory, it has to wait until they are committed."""
+        if self._follower is not None and not self._follower.appended(rows, columns, page_rows, self._schema):
+            self._hidden_until = self._open.number
+
+    def _cut_if_full(self) -> None:
         if sum(b.raw_bytes for b in self._open.builders) >= self.options.segment_bytes:
             self._cut()
         self._wake_if_needed()
-        return ref, row
-
-    def _show(self, row: TrajectoryRow, columns: Mapping[str, Stored] | None, page_rows: Mapping[str, int]) -> None:
-        """Let the follower see a trajectory; if that takes too much memory, by committing it now."""
-        if self._follower is None:
-            return
-        if columns is not None and self._follower.appended(row, columns, page_rows, self._schema):
-            return
-        self._cut()
-        wanted = self._open.number - 1
-        self._condition.wait_for(lambda: self._settled >= wanted)
-        self._raise_background_errors()
 
     def _cut(self) -> None:
         """Close the open batch and queue it for commit."""

@@ -1,0 +1,407 @@
+"""ObjectRL's ``ReplayBuffer``: transitions as TensorDicts, in and out.
+
+    from trajstore.buffers.objectrl import ReplayBuffer  # instead of objectrl.replay_buffers.experience_memory
+
+Invariant: the file ``path + ".metadata"`` is replaced in one step, after the experience that it names is durable in the
+store ``path + ".store"`` and before older experience is deleted there: whatever happens during ``save``, one whole state
+can be loaded.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trajstore.buffers.metadata_file import read_file, replace_file
+from trajstore.buffers.ring import Ring
+from trajstore.buffers.ring_store import RingStore
+from trajstore.buffers.stored_ring import StoredRing
+from trajstore.errors import ColumnShapeError, ColumnTypeError, CorruptionError, EmptyBufferError, SelectionError
+from trajstore.schema import nest
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+_DISK = "disk:"
+_METADATA_KEYS = ("buffer_size", "data_size", "pointer")
+
+
+class ReplayBuffer:
+    """The newest ``buffer_size`` transitions.
+
+    With ``url`` they live in a store (close the buffer then, or use it as a context manager), otherwise in memory.
+
+    Args:
+        device: Where batches are put.
+        storing_device: Where transitions are kept; ``"disk:URL"`` is the same as ``url=URL``.
+        buffer_size: Transitions.
+        print_gc_warning: Accepted, and without effect: nothing here waits for the garbage collector.
+        url: Keep transitions in a store at this URL, or go on with those that are there; whatever ``trajstore.open`` takes.
+            They are durable after ``flush``.
+        storage_options: For ``url``, as for ``trajstore.open``.
+
+    Raises:
+        ImportError: The package tensordict is missing; says what to install.
+        SelectionError: A size below 1, or a store that holds something else.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> buffer = ReplayBuffer(device=torch.device("cpu"), storing_device=torch.device("cpu"), buffer_size=1000)
+        >>> buffer.add(TensorDict({"obs": torch.zeros(3), "reward": torch.tensor(1.0)}))
+        >>> buffer.add_batch(TensorDict({"obs": torch.ones(4, 3), "reward": torch.arange(4.0)}, batch_size=[4]))
+        >>> len(buffer), buffer.sample_batch(64)["obs"].shape, buffer.sample_by_index([0, 4])["reward"]
+        (5, torch.Size([64, 3]), tensor([1., 3.]))
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        storing_device: torch.device | str = "cpu",
+        buffer_size: int = 100_000,
+        print_gc_warning: bool = False,  # noqa: ARG002 - a keyword of the original
+        *,
+        url: str | os.PathLike[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        try:
+            from tensordict import TensorDict
+        except ImportError as error:
+            raise ImportError(
+                "the buffers of ObjectRL give TensorDicts and need the package tensordict: pip install "
+                "'trajstore[tensordict]'"
+            ) from error
+        self._make: Callable[..., TensorDict] = TensorDict
+        self.device = torch.device(device)
+        if url is None and isinstance(storing_device, str) and storing_device.startswith(_DISK):
+            url = storing_device.removeprefix(_DISK)
+        self.storing_device: torch.device | str
+        self._ring: Ring | StoredRing
+        if url is None:
+            if storage_options is not None:
+                raise SelectionError(
+                    "storage_options= without url= means nothing; leave it out, or say where the store is"
+                )
+            self.storing_device = torch.device(storing_device)
+            self._ring = Ring(buffer_size, device=self.storing_device)
+        else:
+            self.storing_device = f"{_DISK}{os.fspath(url)}"
+            self._ring = StoredRing(url, buffer_size, device=self.device, storage_options=storage_options)
+        self._moves = self._ring.device != torch.empty(0, device=self.device).device
+        self._epochs: Iterator[TensorDict] | None = None
+        self._numbers: tuple[int, int] | None = None  # data_size and pointer of a file that came without experience
+
+    @property
+    def buffer_size(self) -> int:
+        """Transitions that there is room for."""
+        return self._ring.capacity
+
+    @property
+    def data_size(self) -> int:
+        """Transitions that it holds; after ``load`` of a file without them, and until the first ``add``, what that says."""
+        return self._numbers[0] if self._numbers else self._ring.size
+
+    @property
+    def pointer(self) -> int:
+        """Where the next transition goes."""
+        return self._numbers[1] if self._numbers else self._ring.pointer
+
+    @property
+    def size(self) -> int:
+        """Transitions that it holds."""
+        return self._ring.size
+
+    def __len__(self) -> int:
+        return self._ring.size
+
+    def __repr__(self) -> str:
+        return (
+            f"ReplayBuffer(buffer_size={self.buffer_size}, size={self.size}, device={str(self.device)!r}, "
+            f"storing_device={str(self.storing_device)!r})"
+        )
+
+    def __enter__(self) -> ReplayBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def reset(self, buffer_size: int | None = None) -> None:
+        """Forget all transitions.
+
+        Args:
+            buffer_size: From now on.
+        """
+        if isinstance(self._ring, StoredRing):
+            self._ring.clear(buffer_size)
+        else:
+            capacity = self._ring.capacity if buffer_size is None else buffer_size
+            self._ring = Ring(capacity, device=self._ring.device)
+        self._epochs = self._numbers = None
+
+    def add(self, experience: TensorDict | Mapping[str, Any]) -> None:
+        """Add one transition.
+
+        Args:
+            experience: Without a batch dimension; nested TensorDicts are fine, and so are mappings of tensors. The first one
+                says what columns there are.
+
+        Raises:
+            SchemaError: It is not like the others; one of its subclasses names the field. The buffer is as it was.
+        """
+        batch_size = getattr(experience, "batch_size", None)
+        if batch_size:
+            raise ColumnShapeError(
+                f"a transition of batch size {list(batch_size)}, expected none; call add_batch, or take one element of it"
+            )
+        self._ring.add_one(_fields(experience))
+        self._numbers = None
+
+    def add_batch(self, experience: TensorDict | Mapping[str, Any]) -> None:
+        """Add transitions, in order; of more than ``buffer_size`` the last ones.
+
+        Args:
+            experience: ``[n, ...]``.
+
+        Raises:
+            SchemaError: As for ``add``.
+        """
+        batch_size = getattr(experience, "batch_size", None)
+        if batch_size is not None and not len(batch_size):
+            raise ColumnShapeError("a batch without a batch size, expected [n]; call add for a single transition")
+        self._ring.add(_fields(experience), keep_last=True)
+        self._numbers = None
+
+    def sample_batch(self, batch_size: int) -> TensorDict:
+        """``[batch_size]`` transitions drawn uniformly, with replacement, by torch's global generator.
+
+        Raises:
+            EmptyBufferError: There are none.
+        """
+        ring = self._ring
+        return self._batch(ring.gather(ring.sample_indices(batch_size), check=False), batch_size)
+
+    def sample_random(self, batch_size: int) -> TensorDict:
+        """The same as ``sample_batch``."""
+        return self.sample_batch(batch_size)
+
+    def sample_by_index(self, indices: Sequence[int] | torch.Tensor | range) -> TensorDict:
+        """``[n]`` transitions by where they lie.
+
+        Args:
+            indices: ``0 .. size - 1``, in any order.
+
+        Raises:
+            IndexRangeError: One outside.
+            EmptyBufferError: There are no transitions.
+        """
+        positions = self._positions(indices)
+        return self._batch(self._ring.gather(positions), len(positions))
+
+    def sample_by_index_fields(
+        self, indices: Sequence[int] | torch.Tensor | range, fields: Sequence[str | tuple[str, ...]]
+    ) -> TensorDict:
+        """Some fields of ``sample_by_index``.
+
+        Args:
+            indices: As there.
+            fields: Names; a nested one as ``("obs", "image")`` or ``"obs/image"``, and ``"obs"`` for all under it.
+
+        Raises:
+            UnknownColumnError: No such field.
+        """
+        if isinstance(fields, str):
+            raise SelectionError(f"fields={fields!r} is a string, expected a list of names: [{fields!r}]")
+        positions = self._positions(indices)
+        paths = ["/".join(field) if isinstance(field, tuple) else field for field in fields]
+        names = list(dict.fromkeys(column.path for path in paths for column in self._ring.schema.select(path)))
+        return self._batch(self._ring.gather(positions, names=names), len(positions))
+
+    def sample_all(self) -> TensorDict:
+        """All transitions, in storage order."""
+        return self.sample_by_index(range(self.size))
+
+    def create_epoch_iterator(self, batch_size: int, n_epochs: int = 1) -> Iterator[TensorDict]:
+        """Batches of all transitions in storage order, ``n_epochs`` times; the last batch of each may be short.
+
+        ``get_next_batch`` takes from this iterator from now on.
+
+        Raises:
+            EmptyBufferError: There are no transitions.
+        """
+        _at_least_one("batch_size", batch_size)
+        if not self.size:
+            raise EmptyBufferError("an epoch of an empty buffer; add transitions first")
+        starts = range(0, self.size, batch_size)
+        size = self.size
+        self._epochs = (
+            self.sample_by_index(range(start, min(start + batch_size, size)))
+            for start in itertools.chain.from_iterable(itertools.repeat(starts, n_epochs))
+        )
+        return self._epochs
+
+    def get_next_batch(self, batch_size: int) -> TensorDict:
+        """The next batch of the epoch iterator if there is one, otherwise a random one.
+
+        Raises:
+            StopIteration: The epochs are over.
+            EmptyBufferError: There are no transitions.
+        """
+        return self.sample_batch(batch_size) if self._epochs is None else next(self._epochs)
+
+    def calculate_num_batches(self, batch_size: int) -> int:
+        """Batches of one epoch, the short one included."""
+        _at_least_one("batch_size", batch_size)
+        return -(-self.size // batch_size)
+
+    def get_steps_and_iterator(self, n_epochs: int, max_iter: int, batch_size: int) -> int:
+        """Prepare ``get_next_batch``.
+
+        Args:
+            n_epochs: Passes over the transitions; 0 for random batches.
+            max_iter: Steps, where ``n_epochs`` is 0.
+            batch_size: Of a pass.
+
+        Returns:
+            How often to call ``get_next_batch``.
+        """
+        if n_epochs == 0:
+            self._epochs = None
+            return max_iter
+        self.create_epoch_iterator(batch_size, n_epochs)
+        return n_epochs * self.calculate_num_batches(batch_size)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save everything: the numbers in ``path + ".metadata"``, the transitions as a store in ``path + ".store"``.
+
+        A crash on the way leaves what was saved before.
+
+        Args:
+            path: Local, or a URL.
+        """
+        base = os.fspath(path)
+        numbers: dict[str, int] = {
+            "buffer_size": self.buffer_size,
+            "data_size": self.data_size,
+            "pointer": self.pointer,
+            "experience": 0,
+        }
+        if not len(self._ring.schema):
+            replace_file(f"{base}.metadata", _pickled(numbers))
+            return
+        with RingStore(f"{base}.store", "a") as store:
+            numbers["experience"] = self._ring.write_to(store)
+            replace_file(f"{base}.metadata", _pickled(numbers))
+            store.prune(numbers["experience"])
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Restore what ``save`` saved, in place of what is here.
+
+        A file of ObjectRL's own has no transitions: then the buffer takes its ``buffer_size`` and keeps those that it has.
+
+        Raises:
+            MissingObjectError: No such file.
+            CorruptionError: It is damaged.
+            SelectionError: It has no transitions, another ``buffer_size``, and this buffer is not empty. In each case the
+                buffer is as it was.
+        """
+        base = os.fspath(path)
+        name = f"{base}.metadata"
+        numbers = _unpickled(read_file(name), name)
+        capacity, size, pointer = (numbers[key] for key in _METADATA_KEYS)
+        experience = numbers.get("experience")
+        if experience is None:
+            self._take_numbers(name, capacity, size, pointer)
+        elif not experience:
+            self.reset(capacity)
+        else:
+            with RingStore(f"{base}.store") as store:
+                if isinstance(self._ring, StoredRing):
+                    self._ring.read_from(store, experience)
+                else:
+                    ring = Ring(capacity, device=self._ring.device)
+                    ring.read_from(store, experience)
+                    self._ring = ring
+            self._numbers = None
+        self._epochs = None
+
+    def flush(self) -> None:
+        """Make all transitions durable, where they live in a store."""
+        if isinstance(self._ring, StoredRing):
+            self._ring.flush()
+
+    def close(self) -> None:
+        """``flush``, and let go of the store. May be called twice."""
+        if isinstance(self._ring, StoredRing):
+            self._ring.close()
+
+    def _take_numbers(self, name: str, capacity: int, size: int, pointer: int) -> None:
+        if self.size:
+            if capacity != self.buffer_size:
+                raise SelectionError(
+                    f"{name} is of a buffer_size of {capacity}, without its experience; this buffer of {self.buffer_size} "
+                    f"holds {self.size} transitions: call reset({capacity}) first, if they may go"
+                )
+            return
+        self.reset(capacity)
+        self._numbers = (size, pointer) if size else None
+
+    def _positions(self, indices: Sequence[int] | torch.Tensor | range) -> torch.Tensor:
+        """``(n,)`` int64 on the ring's device."""
+        if not self.size:
+            raise EmptyBufferError("a sample of an empty buffer; add transitions first")
+        home = self._ring.device if isinstance(self._ring, Ring) else torch.device("cpu")
+        if isinstance(indices, range):
+            return torch.arange(indices.start, indices.stop, indices.step, device=home) if len(indices) else _none(home)
+        positions = torch.as_tensor(indices)
+        if not positions.numel():
+            return _none(home)
+        if positions.dtype is torch.bool or positions.is_floating_point() or positions.is_complex():
+            raise ColumnTypeError(f"indices of {positions.dtype}; expected whole numbers")
+        return positions.reshape(-1).to(home, torch.int64)
+
+    def _batch(self, rows: dict[str, torch.Tensor], n: int) -> TensorDict:
+        tree = nest(rows)
+        if self._moves:
+            # Only towards an accelerator: a copy from one that nobody waits for would be read half done.
+            return self._make(tree, batch_size=[n]).to(self.device, non_blocking=self.device.type != "cpu")
+        return self._make(tree, batch_size=[n], device=self.device)
+
+
+def _fields(experience: TensorDict | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(experience, Mapping):
+        raise ColumnTypeError(f"a {type(experience).__name__}, expected a TensorDict, or a mapping of tensors")
+    return dict(experience.items())
+
+
+def _none(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
+def _at_least_one(name: str, number: int) -> None:
+    if number < 1:
+        raise SelectionError(f"{name}={number}, expected at least 1")
+
+
+def _pickled(numbers: dict[str, int]) -> bytes:
+    file = io.BytesIO()
+    torch.save(numbers, file)
+    return file.getvalue()
+
+
+def _unpickled(data: bytes, name: str) -> dict[str, int]:
+    try:
+        numbers = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CorruptionError(f"{name} cannot be read ({error}); load another checkpoint") from error
+    missing = [key for key in _METADATA_KEYS if not isinstance(numbers, dict) or not isinstance(numbers.get(key), int)]
+    if missing:
+        raise CorruptionError(f"{name} has no whole number {missing[0]!r}; it is no file of a replay buffer")
+    found: dict[str, int] = numbers
+    return found

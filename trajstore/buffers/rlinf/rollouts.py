@@ -1,0 +1,180 @@
+"""Rollouts in a store: written as pieces of environments, found again, read back.
+
+Invariant: a rollout is found only if all of its pieces are there: one that was cut off by a crash is as if it had never been
+added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trajstore.buffers.rlinf import columns as parts
+from trajstore.buffers.rlinf.columns import Rollout
+from trajstore.buffers.rlinf.index import Entry
+from trajstore.buffers.rlinf.trajectory import shape_of
+from trajstore.errors import LengthError, SelectionError
+from trajstore.schema import flatten, nest
+from trajstore.store import Store
+from trajstore.stored import Array
+from trajstore.view import View
+
+# Metadata fields of a piece.
+ID, WEIGHTS, EPISODE_LENGTH = "trajectory_id", "model_weights_id", "max_episode_length"
+STEPS, ENVS, ENV, SEED, REST = "rollout_steps", "rollout_envs", "env", "seed", "rest"
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The rollouts of a view.
+
+    Attributes:
+        entries: From the oldest on.
+        rows: ``(pieces,)`` int64, positions in the view of all pieces of these rollouts, in order.
+        seed: Of the buffer that wrote the newest; None without one.
+    """
+
+    entries: list[Entry]
+    rows: Array
+    seed: int | None
+
+
+def taken_apart(fields: Mapping[str, Any]) -> Rollout | None:
+    """The columns of a trajectory's fields; None if it has neither ``prev_logprobs`` nor ``rewards``.
+
+    Raises:
+        LengthError: It has no samples.
+    """
+    shape = shape_of(fields)
+    if shape is None:
+        return None
+    if not shape[0] * shape[1]:
+        raise LengthError(
+            f"a trajectory has {shape[0]} steps of {shape[1]} environments, expected at least one of each"
+        )
+    return parts.take_apart(fields, *shape)
+
+
+def append(
+    store: Store, fields: Mapping[str, Any], rollout: Rollout, shared: Collection[str], *, number: int, seed: int
+) -> Entry:
+    """Append a rollout.
+
+    Args:
+        store: Of rollouts like this one.
+        fields: Of the trajectory.
+        rollout: The same, taken apart.
+        shared: Observations that are stored once.
+        number: Its ``trajectory_id``.
+        seed: Of the buffer.
+    """
+    about = {
+        ID: number,
+        WEIGHTS: str(fields.get(WEIGHTS, "")),
+        EPISODE_LENGTH: int(fields.get(EPISODE_LENGTH, 0)),
+        STEPS: rollout.steps,
+        ENVS: rollout.envs,
+        SEED: seed,
+    }
+    cut = parts.pieces(rollout, shared)
+    metadata: list[dict[str, Any]] = [{ENV: env} for env in cut.envs.tolist()]
+    if rollout.rest:
+        metadata[0][REST] = rollout.rest
+    store.append_many(
+        cut.columns, cut.lengths, terminated=cut.terminated, truncated=cut.truncated, metadata=metadata, **about
+    )
+    return Entry(number, rollout.steps, rollout.envs, len(cut.lengths))
+
+
+def find(view: View) -> Found:
+    """The rollouts of a view.
+
+    Raises:
+        SelectionError: It holds other trajectories.
+    """
+    table = view.to_pandas()
+    lacking = [name for name in (ID, STEPS, ENVS) if len(table) and name not in table]
+    if lacking:
+        raise SelectionError(
+            f"{view!r} holds no rollouts of this buffer: it has no field {lacking[0]!r}; sample it with view.loader()"
+        )
+    if not len(table):
+        return Found([], np.empty(0, np.int64), None)
+    numbers = table[ID].to_numpy(np.int64)
+    steps, envs = table[STEPS].to_numpy(np.int64), table[ENVS].to_numpy(np.int64)
+    ends = np.cumsum(view.lengths)
+    changes = np.flatnonzero(np.diff(numbers)) + 1
+    entries: list[Entry] = []
+    rows: list[Array] = []
+    row = 0
+    while row < len(table):
+        samples = int(steps[row] * envs[row])
+        begin = int(ends[row - 1]) if row else 0
+        last = int(np.searchsorted(ends, begin + samples))
+        whole = last < len(table) and ends[last] == begin + samples and (numbers[row : last + 1] == numbers[row]).all()
+        if whole:
+            entries.append(Entry(int(numbers[row]), int(steps[row]), int(envs[row]), last + 1 - row))
+            rows.append(np.arange(row, last + 1))
+            row = last + 1
+        else:
+            later = changes[changes > row]
+            row = int(later[0]) if len(later) else len(table)
+    seed = table[SEED].iloc[-1] if SEED in table else None
+    found = np.concatenate(rows) if rows else np.empty(0, np.int64)
+    return Found(entries, found, None if seed is None else int(seed))
+
+
+def read(view: View, entries: Sequence[Entry]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Id and fields of rollouts, one after the other.
+
+    Args:
+        view: Their pieces, and no others.
+        entries: The rollouts.
+    """
+    first = 0
+    for entry in entries:
+        pieces = view[first : first + entry.pieces]
+        first += entry.pieces
+        about = pieces[0].metadata
+        rows = {c.path: _tensor(pieces.read(c.path)) for c in view.schema if c.path in pieces[0].columns}
+        columns = parts.columns_of(view.schema, rows, pieces.lengths.tolist(), entry.steps, entry.envs)
+        fields = parts.put_together(columns, about.get(REST, ""))
+        fields.setdefault(EPISODE_LENGTH, about[EPISODE_LENGTH])
+        fields.setdefault(WEIGHTS, about.get(WEIGHTS, ""))
+        yield entry.id, fields
+
+
+def share_of(count: int, rank: int, ranks: int) -> slice:
+    """Consecutive rollouts of one rank; the first ``count % ranks`` ranks get one more.
+
+    >>> [share_of(5, rank, 2) for rank in range(2)]
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
+    size, more = divmod(count, ranks)
+    first = rank * size + min(rank, more)
+    return slice(first, first + size + (rank < more))
+
+
+def batch_columns(rollout_columns: Collection[str], shared: Collection[str]) -> list[str]:
+    """What to ask a view for: the next observation is the current one a step on, where it is stored once."""
+    return [*rollout_columns, *(f"next_curr_obs/{name}" for name in sorted(shared))]
+
+
+def as_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch under the names of the original."""
+    following = batch.pop("next_curr_obs", None)
+    if following is not None:
+        batch["next_obs"] = _merged(following, batch.get("next_obs", {}))
+    return batch
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return nest({**flatten(one), **(flatten(other) if other else {})})
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
