@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
 
 from benchmarks import data
 from benchmarks.harness import Bar, Contender, Context, Measurement, paired_ratios, ratio_of_medians
 from benchmarks.rlinf_files_peer import FilesBuffer, save_all, save_all_in_threads
+from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
 
 STEPS, ENVIRONMENTS, WINDOW, CHUNKS, SEED = 50, 8, 100, 256, 1234
 CACHE_BYTES = 2 << 30

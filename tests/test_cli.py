@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import trajstore
-from trajstore import cli
+from trajstore import cli, console
+from trajstore.cli.common import parse_bytes
 
 COMMAND = [sys.executable, "-c", "from trajstore.cli import main; main()"]
 
@@ -20,7 +21,7 @@ COMMAND = [sys.executable, "-c", "from trajstore.cli import main; main()"]
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the command in this process: an interpreter that imports torch takes seconds to start."""
-    monkeypatch.setattr(cli.out, "_width", 160)
+    monkeypatch.setattr(console.out, "_width", 160)
 
     def run(*arguments, code=0):
         monkeypatch.setattr(sys, "argv", ["trajstore", *arguments])
@@ -133,7 +134,7 @@ def test_sample_in_every_order(run, url, order):
     ("text", "nbytes"), [("1000", 1000), ("500MB", 500_000_000), ("8 GiB", 8 << 30), ("1.5k", 1500), ("2Kib", 2048)]
 )
 def test_bytes_as_people_write_them(text, nbytes):
-    assert cli._nbytes(text) == nbytes
+    assert parse_bytes(text) == nbytes
 
 
 @pytest.mark.parametrize(

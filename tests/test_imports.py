@@ -22,7 +22,7 @@ LAYERS = [
     {"trajectory", "follows"},
     {"view", "mix"},
     {"store"},
-    {"report", "gym", "buffers"},
+    {"console", "report", "gym", "buffers"},
     {"demo"},
     {"cli"},
 ]

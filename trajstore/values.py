@@ -110,7 +110,8 @@ def check_trajectories(
         expected = states if schema[path].extra else steps
         if len(data) != expected:
             raise LengthError(
-                f"column {path!r} has {len(data)} rows, expected {expected}: {len(lengths)} trajectories of {steps} steps in "
+                f"column {path!r} has {len(data)} rows, expected {expected}: {len(lengths)} trajectories of {steps} "
+                f"steps in "
                 "all" + (", and the final observation of each" if schema[path].extra else "")
             )
     return columns, schema

@@ -436,9 +436,9 @@ class View(Sequence["Trajectory"]):
 
         Args:
             url: Where, as for ``trajstore.open``.
-            share: ``"link"``: a store of its own, whose segments are hard-linked on one disk, copied by the server within one
-                bucket, else copied here. ``"copy"``: always bytes of its own. ``"reference"``: it refers to the segments where
-                they are, which must stay.
+            share: ``"link"``: a store of its own, whose segments are hard-linked on one disk, copied by the server within
+                one bucket, else copied here. ``"copy"``: always bytes of its own. ``"reference"``: it refers to the segments
+                where they are, which must stay.
             replace: Of a store that is there, make a new version that holds these trajectories only.
             storage_options: For that place.
             progress: Show bytes copied on standard error.

@@ -523,6 +523,17 @@ class TestMergeAndSplit:
         with RlinfDirectory(**target) as directory:
             assert_holds(directory, list(enumerate(expected)))
 
+    @pytest.mark.parametrize("link", [False, True])
+    def test_files_are_shared_only_where_it_was_said(self, tmp_path: Path, link: bool) -> None:
+        reference = saved(tmp_path / "rank_0", 3)
+        merge_directories(tmp_path, tmp_path / "merged", link=link)
+        split_directory(tmp_path / "rank_0", tmp_path / "split", 2, link=link)
+        for result, count in (("merged", 3), ("split", 2)):
+            with RlinfDirectory(tmp_path / result) as directory:
+                assert_holds(directory, reference.trajectories[:count])
+            for path in (tmp_path / result).glob("*.pt"):
+                assert path.samefile(tmp_path / "rank_0" / path.name) == link
+
     def test_one_directory_is_numbered_anew(self, tmp_path: Path) -> None:
         pairs = list(zip([5, 3, 9], made(3), strict=True))
         write_directory(tmp_path / "a", [(n, fields(t)) for n, t in pairs])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import shutil
@@ -42,7 +43,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "second": {"auto_save": True, "auto_save_path": "{}/run", "trajectory_format": "pt"},
     "second, not saved": {"auto_save": False, "auto_save_path": ""},
     "without cache": {"auto_save": True, "auto_save_path": "{}/run", "enable_cache": False, "cache_size": 1},
-    "small cache": {"storage_dir": "{}/run", "cache_bytes": 1, "cache_size": 2},
+    "small cache": {"storage_dir": "{}/run", "cache_bytes": 1 << 18, "cache_size": 2},
 }
 SIZES = (1, 7, 50, 10_000)
 
@@ -80,7 +81,7 @@ def assert_parity(buffer: TrajectoryReplayBuffer, reference: ReferenceBuffer, *,
 
 
 class TestSampling:
-    @FEW
+    @settings(FEW, max_examples=80)
     @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)), window=st.sampled_from([0, 1, 2, 3, 100]))
     def test_batches(self, data: st.DataObject, kind: str, window: int) -> None:
         layout = data.draw(layouts())
@@ -94,6 +95,17 @@ class TestSampling:
                     added.insert(0, with_attributes(added[0], rewards=None, prev_logprobs=None))
                 buffer.add_trajectories(added)
                 reference.add(added)
+                assert_parity(buffer, reference)
+
+    def test_one_step_after_more(self) -> None:
+        """Nothing of it can repeat, though of those before it did."""
+        layout = dataclasses.replace(SIMPLE, next_obs="repeats")
+        made = [random_trajectory(np.random.default_rng(T), layout, T=T, B=B) for T, B in ((5, 2), (1, 2), (1, 1))]
+        for added in (made, made[::-1]):
+            reference = ReferenceBuffer()
+            reference.add(added)
+            with TrajectoryReplayBuffer() as buffer:
+                buffer.add_trajectories(added)
                 assert_parity(buffer, reference)
 
     def test_what_is_added_afterwards_may_be_changed(self) -> None:
@@ -131,6 +143,31 @@ class TestSampling:
         with TrajectoryReplayBuffer() as buffer:
             buffer.add_trajectories(made)
             assert_parity(buffer, reference)
+
+    @pytest.mark.parametrize("checkpoint_format", FORMATS)
+    def test_names_and_values_that_rlinf_policies_use(self, tmp_path: Path, checkpoint_format: str) -> None:
+        made = []
+        for number in range(3):
+            trajectory = random_trajectory(np.random.default_rng(number))
+            images = trajectory.curr_obs["main_images"]
+            trajectory.forward_inputs |= {"observation/image": images, "observation/state": torch.rand(6, 2, 3)}
+            trajectory.curr_obs |= {"wrist_images": None, "task_descriptions": ["pick", "place"]}
+            trajectory.prev_values = torch.rand(7, 2, 1)  # with the value of the state after the last step
+            made.append(trajectory)
+        reference = ReferenceBuffer(seed=4)
+        reference.add(made)
+        with TrajectoryReplayBuffer(seed=4, trajectory_format=checkpoint_format, allow_pickle=True) as buffer:
+            buffer.add_trajectories(made)
+            assert_parity(buffer, reference)
+            buffer.save_checkpoint(tmp_path)
+            buffer.load_checkpoint(tmp_path)
+            reference.generator.manual_seed(4)
+            assert_parity(buffer, reference)
+            if checkpoint_format == "pt":
+                loaded = ReferenceBuffer()
+                loaded.load(tmp_path)
+                for (_, found), (_, expected) in zip(loaded.trajectories, reference.trajectories, strict=True):
+                    assert_same(fields(found), fields(expected))
 
     def test_the_generator_goes_on_and_a_second_buffer_draws_the_same(self) -> None:
         made = [random_trajectory(np.random.default_rng(n)) for n in range(3)]

@@ -111,13 +111,15 @@ def parent_of(url: str) -> str:
 
 
 def reference(to: str, *, seen_from: str) -> str:
-    """How one store names another: relative if both share a parent, else absolute.
+    """How one store names another: relative if it is under the parent folder, so that both can be moved; else absolute.
 
-    >>> reference("/data/a", seen_from="/data/b"), reference("/data/a", seen_from="/other/b")
-    ('../a', '/data/a')
+    >>> reference("/data/a", seen_from="/data/b"), reference("/data/runs/a", seen_from="/data/b")
+    ('../a', '../runs/a')
+    >>> reference("/data/a", seen_from="/other/b")
+    '/data/a'
     """
     parent = parent_of(seen_from)
-    return "../" + to.rstrip("/")[len(parent) + 1 :] if parent and parent_of(to) == parent else to
+    return "../" + to.rstrip("/")[len(parent) + 1 :] if parent and _is_under(to.rstrip("/"), parent) else to
 
 
 def _is_under(url: str, prefix: str) -> bool:

@@ -32,8 +32,7 @@ class Buffer:
 
 
 class BufferPool:
-    """Buffers of one size after the other; when the size asked for changes, the old ones are dropped. Used by several
-    threads.
+    """Buffers of one size after the other; when the size grows, the old ones are dropped. Used by several threads.
 
     Args:
         keep: Most free buffers kept.

@@ -135,14 +135,16 @@ class Filesystem(ABC):
         objects: Sequence[ObjectInfo],
         *,
         link: bool = True,
+        names: Mapping[str, str] | None = None,
         done: Callable[[ObjectInfo], None] = lambda _: None,
     ) -> int:
-        """Have immutable objects of another store under the same keys; when this returns, they are durable.
+        """Have immutable objects of another store; when this returns, they are durable.
 
         Args:
             source: Where they are.
             objects: Which. One that is here already stays, or is replaced by the same bytes.
             link: Let both stores share the bytes if the disk can (hard links).
+            names: Keys under which they are to be here, where these differ.
             done: Called after each, maybe from several threads.
 
         Returns:

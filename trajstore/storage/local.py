@@ -175,14 +175,16 @@ class LocalFilesystem(Filesystem):
         objects: Sequence[ObjectInfo],
         *,
         link: bool = True,
+        names: Mapping[str, str] | None = None,
         done: Callable[[ObjectInfo], None] = lambda _: None,
     ) -> int:
         """Hard links where both are on one disk, whose bytes were synced when they were written; else copies."""
-        dirty = {os.path.dirname(info.key) for info in objects}
+        keys = {info.key: (names or {}).get(info.key, info.key) for info in objects}
+        dirty = {os.path.dirname(key) for key in keys.values()}
         for folder in dirty:
             with self.errors(folder):
                 self._ensure_directory(folder)
-        copied = sum(self._workers.map(lambda info: self._copy_one(source, info, link, done), objects))
+        copied = sum(self._workers.map(lambda info: self._copy_one(source, info, keys[info.key], link, done), objects))
         self._sync_directories(dirty)
         return copied
 
@@ -232,8 +234,10 @@ class LocalFilesystem(Filesystem):
                 data += more
             return data
 
-    def _copy_one(self, source: Filesystem, info: ObjectInfo, link: bool, done: Callable[[ObjectInfo], None]) -> int:
-        target = self._path(info.key)
+    def _copy_one(
+        self, source: Filesystem, info: ObjectInfo, key: str, link: bool, done: Callable[[ObjectInfo], None]
+    ) -> int:
+        target = self._path(key)
         with self.errors(info.key):
             linked = link and isinstance(source, LocalFilesystem) and self._linked(source._path(info.key), target)
             if not linked:

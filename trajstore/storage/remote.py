@@ -148,16 +148,17 @@ class RemoteFilesystem(Filesystem):
         objects: Sequence[ObjectInfo],
         *,
         link: bool = True,  # noqa: ARG002 - no bucket has links
+        names: Mapping[str, str] | None = None,
         done: Callable[[ObjectInfo], None] = lambda _: None,
     ) -> int:
         """Copied by the server where both are on one, else through this machine."""
-        here = isinstance(source, RemoteFilesystem) and source.fs is self.fs
+        keys = {info.key: (names or {}).get(info.key, info.key) for info in objects}
         for lot in [objects[i : i + _COPIED_TOGETHER] for i in range(0, len(objects), _COPIED_TOGETHER)]:
-            if here:
-                self._copy_on_server(source, lot)  # type: ignore[arg-type]
+            if isinstance(source, RemoteFilesystem) and source.fs is self.fs:
+                self._copy_on_server(source, {info.key: keys[info.key] for info in lot})
             else:
                 for info in lot:
-                    self._copy_through(source, info)
+                    self._copy_through(source, info, keys[info.key])
             for info in lot:
                 done(info)
         return sum(info.nbytes for info in objects)
@@ -189,17 +190,17 @@ class RemoteFilesystem(Filesystem):
                 getattr(error, "errno", None) or errno.EIO, f"{where}: {str(error) or repr(error)}"
             ) from error
 
-    def _copy_on_server(self, source: RemoteFilesystem, objects: Sequence[ObjectInfo]) -> None:
-        with self.errors(", ".join(info.key for info in objects[:3])):
+    def _copy_on_server(self, source: RemoteFilesystem, keys: Mapping[str, str]) -> None:
+        with self.errors(", ".join(list(keys)[:3])):
             for attempt in retrying():
                 with attempt:
-                    self.fs.copy([source._path(o.key) for o in objects], [self._path(o.key) for o in objects])
+                    self.fs.copy([source._path(key) for key in keys], [self._path(key) for key in keys.values()])
 
-    def _copy_through(self, source: Filesystem, info: ObjectInfo) -> None:
+    def _copy_through(self, source: Filesystem, info: ObjectInfo, key: str) -> None:
         if info.nbytes < self.stream_threshold_bytes:
-            self.store({info.key: list(read_in_pieces(source, info))})
+            self.store({key: list(read_in_pieces(source, info))})
             return
-        stream = self.stream(info.key)
+        stream = self.stream(key)
         try:
             for piece in read_in_pieces(source, info):
                 stream.write([piece])

@@ -7,6 +7,7 @@ with the metadata fields ``trajectory_id``, ``env``, ``model_weights_id``, ``max
 ``store.trajectories.to_pandas()`` show them.
 """
 
+from trajstore.buffers.rlinf.arrange import merge_or_split
 from trajstore.buffers.rlinf.buffer import TrajectoryReplayBuffer
 from trajstore.buffers.rlinf.datasets import (
     PreloadReplayBufferDataset,
@@ -24,5 +25,6 @@ __all__ = [
     "export_files",
     "import_directories",
     "import_files",
+    "merge_or_split",
     "replay_buffer_collate_fn",
 ]

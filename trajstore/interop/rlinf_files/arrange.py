@@ -1,6 +1,7 @@
 """Merge directories of several ranks, keep the first trajectories of one: RLinf's merge-or-split tool.
 
-Invariant: sources are only read; trajectory files are copied byte for byte under their new numbers, so nothing is unpickled.
+Invariant: sources are only read; trajectory files are copied byte for byte, or linked, under their new numbers, so nothing
+is unpickled.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trajstore.errors import SchemaConflictError, SelectionError
-from trajstore.interop.rlinf_files.directory import RlinfDirectory, TrajectoryFile, Url, open_directories, read_files
+from trajstore.interop.rlinf_files.directory import RlinfDirectory, TrajectoryFile, Url, open_directories
 from trajstore.interop.rlinf_files.documents import Metadata
 from trajstore.interop.rlinf_files.progress import counted
 from trajstore.interop.rlinf_files.writer import RlinfWriter
@@ -60,6 +61,7 @@ def merge_directories(
     save_url: Url,
     *,
     overwrite: bool = False,
+    link: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     save_storage_options: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -70,6 +72,7 @@ def merge_directories(
         source_url: The folder above the ranks; or one directory, whose trajectories are numbered anew.
         save_url: Where the result goes.
         overwrite: Replace what was saved there before.
+        link: Let both share the bytes of the files, by hard links, if they are on one disk.
         storage_options: For the filesystem of ``source_url``.
         save_storage_options: For that of ``save_url``.
         progress: Show a bar on standard error.
@@ -83,7 +86,7 @@ def merge_directories(
     directories = open_directories(source_url, storage_options=storage_options)
     try:
         files = [directories[source].select([number])[0] for source, number in plan_merge([d.ids for d in directories])]
-        return _copy(files, directories[0], save_url, overwrite, save_storage_options, progress)
+        return _copy(files, directories[0], save_url, overwrite, link, save_storage_options, progress)
     finally:
         for directory in directories:
             directory.close()
@@ -95,6 +98,7 @@ def split_directory(
     split_count: int,
     *,
     overwrite: bool = False,
+    link: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     save_storage_options: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -106,6 +110,7 @@ def split_directory(
         save_url: Where the result goes.
         split_count: How many to keep.
         overwrite: Replace what was saved there before.
+        link: Let both share the bytes of the files, by hard links, if they are on one disk.
         storage_options: For the filesystem of ``source_url``.
         save_storage_options: For that of ``save_url``.
         progress: Show a bar on standard error.
@@ -118,7 +123,7 @@ def split_directory(
     """
     with RlinfDirectory(source_url, storage_options=storage_options) as directory:
         files = directory.select(plan_split(directory.ids, split_count, where=directory.url))
-        return _copy(files, directory, save_url, overwrite, save_storage_options, progress)
+        return _copy(files, directory, save_url, overwrite, link, save_storage_options, progress)
 
 
 def _copy(
@@ -126,6 +131,7 @@ def _copy(
     first: RlinfDirectory,
     save_url: Url,
     overwrite: bool,
+    link: bool,
     save_storage_options: Mapping[str, Any] | None,
     progress: bool,
 ) -> Metadata:
@@ -143,9 +149,8 @@ def _copy(
         storage_options=save_storage_options,
     )
     try:
-        copied = counted(read_files(files), total=len(files), what="copying", shown=progress)
-        for number, (file, data) in enumerate(copied):
-            writer.add_file(dataclasses.replace(file.entry, trajectory_id=number), data)
+        for number, file in enumerate(counted(files, total=len(files), what="copying", shown=progress)):
+            writer.add_file(dataclasses.replace(file.entry, trajectory_id=number), file, link=link)
         return writer.finish()
     finally:
         writer.abandon()

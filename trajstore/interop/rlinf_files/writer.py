@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from trajstore.errors import ClosedError, SelectionError, StoreExistsError
-from trajstore.interop.rlinf_files.directory import Url
+from trajstore.interop.rlinf_files.directory import TrajectoryFile, Url
 from trajstore.interop.rlinf_files.documents import (
     FORMATS,
     INDEX_KEY,
@@ -25,7 +25,7 @@ from trajstore.interop.rlinf_files.documents import (
 from trajstore.interop.rlinf_files.progress import counted
 from trajstore.interop.rlinf_files.trajectory_file import encode
 from trajstore.storage.connect import connect
-from trajstore.storage.filesystem import Buffer
+from trajstore.storage.filesystem import Buffer, ObjectInfo
 
 # Files that are written, and on a disk synced, together.
 _TOGETHER_BYTES = 64 * 1024 * 1024
@@ -107,9 +107,24 @@ class RlinfWriter:
         self._put(entry, encode(fields, self._format))
         return entry
 
-    def add_file(self, entry: Entry, data: Buffer) -> None:
-        """Write a trajectory whose file is known, byte for byte; it is of this writer's format."""
-        self._put(entry, data)
+    def add_file(self, entry: Entry, file: TrajectoryFile, *, link: bool = False) -> None:
+        """Write a trajectory whose file is there, byte for byte; it is of this writer's format.
+
+        Args:
+            entry: What the index is to say.
+            file: Where it is.
+            link: Let both share the bytes, by a hard link, if they are on one disk.
+
+        Raises:
+            SelectionError: The number was used.
+            MissingObjectError: It has gone since the directory was listed.
+        """
+        self._note(entry)
+        key = f"{entry.file_stem()}.{self._format}"
+        if key in self._former:
+            self._filesystem.remove([key])
+        info = ObjectInfo(file.key, file.nbytes)
+        self._filesystem.copy_from(file.filesystem, [info], link=link, names={file.key: key})
 
     def finish(self) -> Metadata:
         """Write the index and the metadata."""
@@ -138,11 +153,14 @@ class RlinfWriter:
         self._pending.clear()
         self._filesystem.close()
 
-    def _put(self, entry: Entry, data: Buffer) -> None:
+    def _note(self, entry: Entry) -> None:
         self._check_open()
         if entry.trajectory_id in self._entries:
             raise SelectionError(f"trajectory {entry.trajectory_id} was written before; give each its own number")
         self._entries[entry.trajectory_id] = entry
+
+    def _put(self, entry: Entry, data: Buffer) -> None:
+        self._note(entry)
         self._pending[f"{entry.file_stem()}.{self._format}"] = data
         if (
             len(self._pending) >= _TOGETHER_FILES

@@ -1,0 +1,182 @@
+"""RLinf's merge-or-split tool, on stores and on its own files.
+
+Invariant: sources are only read, nothing is moved; trajectories are numbered from 0 in the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import trajstore
+from trajstore.buffers.rlinf import rollouts
+from trajstore.edit.combine import combine
+from trajstore.errors import SelectionError
+from trajstore.format.layout import STORE_DOCUMENT
+from trajstore.interop.rlinf_files import (
+    is_rlinf_directory,
+    merge_directories,
+    open_directories,
+    plan_merge,
+    plan_split,
+    split_directory,
+)
+from trajstore.storage.connect import connect
+from trajstore.stored import Array
+
+_RANKS = "rank_"
+
+
+def merge_or_split(
+    source_path: str | os.PathLike[str],
+    save_path: str | os.PathLike[str],
+    *,
+    split_count: int | None = None,
+    copy: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> int:
+    """Merge the ``rank_*`` buffers under a place, or keep the first trajectories of one buffer.
+
+    Trajectories of several ranks are interleaved: ids ascend, and for each id the ranks take turns in the order of their
+    names.
+
+    Args:
+        source_path: Stores or RLinf's files: a folder of ``rank_*``, or one buffer.
+        save_path: Where the result goes, of the same kind; nothing must be there.
+        split_count: How many trajectories of one buffer to keep; None to merge.
+        copy: Give the result bytes of its own. Otherwise a store refers to the segments of its sources, and files are hard
+            links where both are on one disk.
+        storage_options: For those of the two that are URLs.
+        progress: Show a bar on standard error.
+
+    Returns:
+        Trajectories in the result.
+
+    Raises:
+        StoreNotFoundError: Nothing to merge or split.
+        SelectionError: Fewer trajectories than ``split_count``, or several buffers to split.
+        StoreExistsError: Something is at ``save_path``.
+    """
+    source, out = os.fspath(source_path).rstrip("/"), os.fspath(save_path)
+    read_options, save_options = _for(source, storage_options), _for(out, storage_options)
+    stores = _stores(source, read_options)
+    if stores and split_count is not None and len(stores) > 1:
+        raise SelectionError(f"{source} holds {len(stores)} buffers; split one of them, or merge them first")
+    if stores:
+        return _arrange_stores(
+            stores,
+            out,
+            split_count,
+            copy=copy,
+            storage_options=read_options,
+            save_storage_options=save_options,
+            progress=progress,
+        )
+    if split_count is None:
+        return merge_directories(
+            source,
+            out,
+            link=not copy,
+            storage_options=read_options,
+            save_storage_options=save_options,
+            progress=progress,
+        ).size
+    return split_directory(
+        source,
+        out,
+        split_count,
+        link=not copy,
+        storage_options=read_options,
+        save_storage_options=save_options,
+        progress=progress,
+    ).size
+
+
+def _arrange_stores(
+    urls: Sequence[str],
+    out: str,
+    split_count: int | None,
+    *,
+    copy: bool,
+    storage_options: Mapping[str, Any] | None,
+    save_storage_options: Mapping[str, Any] | None,
+    progress: bool,
+) -> int:
+    with contextlib.ExitStack() as opened:
+        views = [
+            opened.enter_context(trajstore.open(url, storage_options=storage_options)).trajectories for url in urls
+        ]
+        found = [rollouts.find(view) for view in views]
+        ids = [[entry.id for entry in one.entries] for one in found]
+        if split_count is None:
+            places = _merged(ids)
+        else:
+            plan_split(ids[0], split_count, where=urls[0])
+            places = [(0, at) for at in range(split_count)]
+        order, numbers = _rows(found, places)
+        target = opened.enter_context(contextlib.closing(connect(out, storage_options=save_storage_options)))
+        combine(
+            [view.take(one.rows).source() for view, one in zip(views, found, strict=True)],
+            target,
+            share="copy" if copy else "reference",
+            order=order,
+            fields={rollouts.ID: ("int64", numbers)},
+            operation="merge" if split_count is None else "split",
+            progress=progress,
+        )
+        return len(places)
+
+
+def _merged(ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Rank and position of each rollout, in the order of a merge; a rank may hold an id twice."""
+    order = [sorted(range(len(numbers)), key=numbers.__getitem__) for numbers in ids]
+    taken = [0] * len(ids)
+    places = []
+    for rank, _ in plan_merge(ids):
+        places.append((rank, order[rank][taken[rank]]))
+        taken[rank] += 1
+    return places
+
+
+def _rows(found: Sequence[rollouts.Found], places: Sequence[tuple[int, int]]) -> tuple[Array, Array]:
+    """Which pieces come in which order, and the new ``trajectory_id`` of each piece, in the order of the sources."""
+    counts = [np.array([entry.pieces for entry in one.entries], np.int64) for one in found]
+    offsets = np.cumsum([0, *(int(c.sum()) for c in counts)])
+    begins = [offset + np.cumsum(c) - c for offset, c in zip(offsets, counts, strict=False)]
+    numbers = np.full(int(offsets[-1]), -1, np.int64)
+    order = []
+    for number, (rank, at) in enumerate(places):
+        rows = begins[rank][at] + np.arange(counts[rank][at])
+        numbers[rows] = number
+        order.append(rows)
+    return np.concatenate(order) if order else np.empty(0, np.int64), numbers
+
+
+def _stores(source: str, storage_options: Mapping[str, Any] | None) -> list[str]:
+    """The store at a place, or those of its ``rank_*`` folders; none if these are RLinf's files.
+
+    Raises:
+        StoreNotFoundError: There is nothing of either kind.
+    """
+    with contextlib.closing(connect(source, storage_options=storage_options)) as filesystem:
+        if filesystem.read(STORE_DOCUMENT) is not None:
+            return [source]
+        if is_rlinf_directory(source, storage_options=storage_options):
+            return []
+        keys = [info.key for info in filesystem.list_objects("")]
+    names = sorted({key.split("/")[0] for key in keys if key.startswith(_RANKS) and key.endswith(f"/{STORE_DOCUMENT}")})
+    names = [name for name in names if f"{name}/{STORE_DOCUMENT}" in keys]
+    if names:
+        return [f"{source}/{name}" for name in names]
+    for directory in open_directories(source, storage_options=storage_options):  # says what is lacking
+        directory.close()
+    return []
+
+
+def _for(url: str, storage_options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return storage_options if "://" in url else None

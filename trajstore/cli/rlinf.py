@@ -1,0 +1,98 @@
+"""Commands for buffers of RLinf: its merge-or-split tool, and its files into a store and back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+import trajstore
+from trajstore.buffers.rlinf import export_files, import_directories, merge_or_split
+from trajstore.cli.common import StorageOption, parse_options
+from trajstore.console import out
+
+app = typer.Typer(help="Replay buffers of RLinf: merge, split, import, export.", no_args_is_help=True)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of what is there.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pkl files, which can run any code.")]
+
+
+@app.command("merge-or-split")
+def merge_or_split_command(
+    source_path: Annotated[
+        str,
+        typer.Option(help="A buffer, or a folder of rank_* buffers: stores, or RLinf's files. A path or a URL."),
+    ],
+    save_path: Annotated[str, typer.Option(help="Where the result goes: a path or a URL.")],
+    split_count: Annotated[
+        Optional[int],  # noqa: UP045 - typer reads annotations at run time
+        typer.Option(help="Keep the first so many trajectories of one buffer.", min=1),
+    ] = None,
+    copy: Annotated[
+        bool,
+        typer.Option(
+            "--copy", help="Give the result bytes of its own. Without, it refers to the source, which must stay."
+        ),
+    ] = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Merge the buffers of several ranks, interleaved by trajectory id; or keep the first trajectories of one.
+
+    Trajectories are numbered from 0 in the result. RLinf's tool moves files
+    unless told to copy; here nothing is ever moved: a result of stores refers
+    to the segments of its sources, one of RLinf's files is hard links on the
+    same disk. With --copy it stands alone.
+
+    Example: trajstore rlinf merge-or-split --source-path runs/buffer --save-path runs/merged
+    """
+    count = merge_or_split(
+        source_path,
+        save_path,
+        split_count=split_count,
+        copy=copy,
+        storage_options=parse_options(storage_option),
+        progress=True,
+    )
+    out.print(f"{count} trajectories in [bold]{save_path}[/bold]", highlight=False)
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[str, typer.Argument(help="A directory of RLinf's files, or one of rank_* directories.")],
+    url: Annotated[str, typer.Argument(help="The store to make.", metavar="URL")],
+    allow_pickle: Pickle = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Make a store of RLinf's files (.pt, or .pkl with --allow-pickle).
+
+    Example: trajstore rlinf import logs/replay_buffer runs/replay
+    """
+    count = import_directories(
+        source, url, allow_pickle=allow_pickle, storage_options=parse_options(storage_option), progress=True
+    )
+    out.print(f"{count} trajectories in [bold]{url}[/bold]; look at them: trajstore info {url}", highlight=False)
+
+
+@app.command("export")
+def export_command(
+    url: Annotated[str, typer.Argument(help="A store that a replay buffer or an import made.", metavar="URL")],
+    path: Annotated[str, typer.Argument(help="Where the files go.")],
+    trajectory_format: Annotated[str, typer.Option("--format", help="pt or pkl.")] = "pt",
+    overwrite: Overwrite = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """Write the trajectories of a store as RLinf's files.
+
+    Example: trajstore rlinf export runs/replay logs/replay_buffer
+    """
+    given = parse_options(storage_option)
+    with trajstore.open(url, storage_options=given) as store:
+        metadata = export_files(
+            store.trajectories,
+            path,
+            trajectory_format=trajectory_format,
+            overwrite=overwrite,
+            storage_options=given if "://" in path else None,
+            progress=True,
+        )
+    out.print(f"{metadata.size} trajectories, {metadata.total_samples} samples in [bold]{path}[/bold]", highlight=False)
