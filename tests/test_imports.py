@@ -19,7 +19,7 @@ LAYERS = [
     {"feed"},
     {"edit"},
     {"interop"},
-    {"trajectory", "follows"},
+    {"trajectory", "follows", "sampling"},
     {"view", "mix"},
     {"store"},
     {"console", "report", "gym", "buffers"},
