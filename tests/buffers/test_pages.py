@@ -177,7 +177,7 @@ def type_(monkeypatch, capsys):
         code = 0
         try:
             if arguments[:2] == ("python", "-m"):
-                monkeypatch.setattr(sys, "argv", list(arguments[1:]))
+                monkeypatch.setattr(sys, "argv", list(arguments[2:]))
                 runpy.run_module(arguments[2], run_name="__main__")
             else:
                 monkeypatch.setattr(sys, "argv", list(arguments))

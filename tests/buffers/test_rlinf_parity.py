@@ -9,6 +9,7 @@ import itertools
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from tests.support.rlinf_reference import (
     with_attributes,
 )
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
+from trajstore.errors import SelectionError
 
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 FORMATS = ["store", "pt", "pkl"]
 # Keywords of both generations; what they keep differs, what they sample does not.
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -108,15 +110,35 @@ class TestSampling:
                 buffer.add_trajectories(added)
                 assert_parity(buffer, reference)
 
-    def test_what_is_added_afterwards_may_be_changed(self) -> None:
+    def test_what_is_added_may_be_changed_afterwards_if_it_is_copied(self) -> None:
         trajectory = random_trajectory(np.random.default_rng(0))
         reference = ReferenceBuffer()
         reference.add([random_trajectory(np.random.default_rng(0))])
-        with TrajectoryReplayBuffer() as buffer:
+        with TrajectoryReplayBuffer(copy_on_add=True) as buffer:
             buffer.add_trajectories([trajectory])
             for value in fields(trajectory).values():
                 if isinstance(value, torch.Tensor):
                     value.zero_()
+            assert_parity(buffer, reference)
+
+    def test_a_change_before_it_was_filed_is_an_error_and_never_other_data(self) -> None:
+        kept = [random_trajectory(np.random.default_rng(seed)) for seed in range(3)]
+        changed = random_trajectory(np.random.default_rng(3))
+        reference = ReferenceBuffer()
+        reference.add(kept)
+        with TrajectoryReplayBuffer() as buffer:
+            buffer.add_trajectories(kept)
+            gate = threading.Event()
+            buffer._holding._filing.submit(gate.wait, 60)
+            buffer.add_trajectories([changed])
+            changed.actions.zero_()
+            gate.set()
+            with pytest.raises(SelectionError, match="'actions' .* was changed in place .* copy_on_add"):
+                buffer.sample(1)
+            assert len(buffer) == 3
+            assert_parity(buffer, reference)
+            buffer.add_trajectories([random_trajectory(np.random.default_rng(4))])
+            reference.add([random_trajectory(np.random.default_rng(4))])
             assert_parity(buffer, reference)
 
     def test_any_class_will_do(self) -> None:

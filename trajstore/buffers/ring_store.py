@@ -1,7 +1,8 @@
 """Rings as trajectories of a store: the rows in storage order, a few thousand to a trajectory.
 
 Invariant: every trajectory carries the number of its save and the size, pointer and capacity of the ring, so a save that was
-cut short is never taken for a whole one; older saves are deleted only once a newer one is durable.
+cut short is never taken for a whole one; older saves are deleted, and their bytes given back, only once a newer one is
+durable.
 """
 
 from __future__ import annotations
@@ -125,11 +126,11 @@ class RingStore:
         return number
 
     def prune(self, keep: int) -> None:
-        """Delete all saves but this one."""
+        """Delete all saves but this one, and give their bytes back: nobody else may be reading them."""
         view = self._store.trajectories
         numbers = self._column(view, "ring_save")
         if (numbers != keep).any():
-            self._store.delete(view.ids[numbers != keep])
+            self._store.delete(view.ids[numbers != keep], reclaim=True)
 
     def find(self, number: int | None = None) -> SavedRing:
         """A save, by default the last one that is complete.

@@ -2,7 +2,9 @@
 
 Invariant: every row ever added has a number; the rows of a trajectory are numbered one after the other from its field
 ``ring_number``. What the ring holds are the last ``size`` numbers: row ``n`` lies at the index ``(n - origin) % capacity``.
-The newest rows, fewer than one trajectory's, are in memory until ``flush`` or until they are enough for one.
+The newest rows, fewer than one trajectory's, are in memory until ``flush`` or until they are enough for one. Trajectories
+whose rows are all overwritten are deleted, and their bytes given back, by a commit after the one of the rows that took
+their place.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _FIELDS = ("ring_number", "ring_origin", "ring_capacity")
 class StoredRing:
     """Rows of named tensors in a store, the newest ``capacity`` of them. Close it, or use it as a context manager.
 
-    A store that holds such a ring already goes on with it. The faces' methods are those of ``Ring``.
+    A store that holds such a ring already goes on with it; nobody else may use it meanwhile. The faces' methods are those of
+    ``Ring``.
 
     Args:
         url: The store, made if there is none.
@@ -181,7 +184,7 @@ class StoredRing:
         return torch.randint(self.size, (n,), generator=generator)
 
     def clear(self, capacity: int | None = None) -> None:
-        """Forget the rows, in the store's next version too; earlier versions of the store keep them.
+        """Forget the rows, in the store too.
 
         Args:
             capacity: From now on.
@@ -191,7 +194,7 @@ class StoredRing:
         self._store.flush()
         ids = self._store.trajectories.ids
         if len(ids):
-            self._store.delete(ids)
+            self._store.delete(ids, reclaim=True)
         following = self._next
         row_format = None if self._tail is None else RowFormat(self.schema)
         self._capacity = capacity or self._capacity
@@ -271,7 +274,7 @@ class StoredRing:
         if whole < 1 or self._firsts[whole] - self._firsts[0] < self._capacity // 4:
             return
         self._store.flush()
-        self._store.delete(self._trajectories().ids[:whole])
+        self._store.delete(self._trajectories().ids[:whole], reclaim=True)
         del self._firsts[:whole]
         self._view = None
 
@@ -324,7 +327,7 @@ class StoredRing:
         gaps = np.flatnonzero(firsts[1:] != stops[:-1])
         kept = int(gaps[-1]) + 1 if len(gaps) else 0
         if kept:
-            self._store.delete(view.ids[:kept])
+            self._store.delete(view.ids[:kept], reclaim=True)
         self._firsts = firsts[kept:].tolist()
         self._stored = int(stops[-1])
         self._start = max(self._firsts[0], self._stored - self._capacity)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from trajstore import Store, TrajectoryRef
@@ -42,24 +43,16 @@ def append_episodes(
         raise ColumnShapeError(
             f"truncated has shape {tuple(cut.shape)}, expected {tuple(dones.shape)}: steps, environments"
         )
-    # One transfer per column, and environments first: an episode's rows are then contiguous.
-    columns = {path: tensor.transpose(0, 1).contiguous().cpu() for path, tensor in steps.items()}
-    length = len(dones)
-    refs = []
-    pairs = zip((dones | cut).T.tolist(), cut.T.tolist(), strict=True)
-    for environment, (ended, was_cut) in enumerate(pairs):
-        fields = {"environment": environment, **metadata}
-        start = 0
-        for last in range(length):
-            if not ended[last] and last < length - 1:
-                continue
-            refs.append(
-                store.append(
-                    {path: rows[environment, start : last + 1] for path, rows in columns.items()},
-                    terminated=ended[last] and not was_cut[last],
-                    truncated=was_cut[last],
-                    metadata=fields,
-                )
-            )
-            start = last + 1
-    return refs
+    # Environments first: the rows of an episode are then contiguous, and one transfer per column does.
+    columns = {path: tensor.transpose(0, 1).flatten(0, 1).cpu() for path, tensor in steps.items()}
+    ends = dones | cut
+    ends[-1] = True
+    last = np.flatnonzero(ends.T.cpu().numpy())  # (episodes,) their last steps, counted environment by environment
+    terminated, truncations = (flags.T.cpu().numpy().reshape(-1)[last] for flags in (dones & ~cut, cut))
+    return store.append_many(
+        columns,
+        np.diff(last, prepend=-1),
+        terminated=terminated,
+        truncated=truncations,
+        metadata=[{"environment": environment, **metadata} for environment in (last // len(dones)).tolist()],
+    )

@@ -7,41 +7,25 @@ same trajectories give the same batches as the original, bit for bit.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
 import trajstore
-from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
-from trajstore.buffers.rlinf.columns import Rollout
-from trajstore.buffers.rlinf.index import RolloutIndex
+from trajstore.buffers.rlinf.holding import CacheKnobs, Holding
 from trajstore.buffers.rlinf.trajectory import fields_of
 from trajstore.buffers.rlinf.transfer import import_files
-from trajstore.errors import (
-    ClosedError,
-    EmptyBufferError,
-    IndexRangeError,
-    SelectionError,
-    StoreExistsError,
-    TrajstoreError,
-)
+from trajstore.edit.combine import Share
+from trajstore.errors import ClosedError, EmptyBufferError, IndexRangeError, SelectionError
 from trajstore.interop.rlinf_files import RlinfDirectory, is_rlinf_directory, write_directory
-from trajstore.schema import Schema
 from trajstore.store import Store
-from trajstore.stored import Array
-from trajstore.view import View
 
 DEFAULT_CACHE_BYTES = 2 << 30
-_UNCACHED_BYTES = 64 << 20  # with enable_cache=False
 _FORMATS = ("store", "pt", "pkl")
-Share = Literal["link", "copy", "reference"]
 
 
 class TrajectoryReplayBuffer:
@@ -56,7 +40,7 @@ class TrajectoryReplayBuffer:
         sample_window_size: Sample from the most recent trajectories, so many of them; 0 for all.
         auto_save: Keep the store at ``auto_save_path``. Otherwise it is in a temporary folder, which is removed with the
             buffer and keeps ``sample_window_size`` trajectories.
-        auto_save_path: A path, or any URL that trajstore opens.
+        auto_save_path: For ``auto_save``: a path, or any URL that trajstore opens.
         trajectory_format: What ``save_checkpoint`` writes: ``"store"`` (the default), or RLinf's files, ``"pt"`` or
             ``"pkl"``.
         storage_dir: First generation: where the store is; ``""`` for a temporary folder that keeps everything.
@@ -65,6 +49,8 @@ class TrajectoryReplayBuffer:
         cache_bytes: Memory for pages, shared by all that samples.
         storage_options: For URLs: credentials, endpoint and so on.
         allow_pickle: Let ``load_checkpoint`` read ``.pkl`` files, which can run any code.
+        copy_on_add: Copy tensors in ``add_trajectories`` itself. Otherwise they are read a little later by a thread, and a
+            tensor that was changed in place before is an error.
 
     Raises:
         SelectionError: Keywords that contradict each other.
@@ -95,6 +81,7 @@ class TrajectoryReplayBuffer:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         storage_options: Mapping[str, Any] | None = None,
         allow_pickle: bool = False,
+        copy_on_add: bool = False,
     ) -> None:
         first_generation = storage_dir is not None or save_trajectories is not None
         if first_generation and (auto_save is not None or auto_save_path):
@@ -105,8 +92,6 @@ class TrajectoryReplayBuffer:
             raise SelectionError("trajectory_format= and storage_format= mean the same; give one")
         if auto_save and not os.fspath(auto_save_path):
             raise SelectionError("auto_save=True needs auto_save_path=, a folder or a URL for the store")
-        if auto_save_path and not auto_save:
-            raise SelectionError(f"auto_save_path={os.fspath(auto_save_path)!r} needs auto_save=True")
         if save_trajectories is False and not enable_cache:
             raise SelectionError(
                 "save_trajectories=False keeps trajectories in the cache only: enable_cache=False leaves nowhere"
@@ -129,21 +114,18 @@ class TrajectoryReplayBuffer:
         self.sample_window_size = sample_window_size
         self.auto_save = bool(auto_save)
         self._checkpoints = save_trajectories is not False
-        self._window_only = (not first_generation and not self.auto_save) or save_trajectories is False
+        window_only = (not first_generation and not self.auto_save) or save_trajectories is False
         self._allow_pickle = allow_pickle
+        self._copy_on_add = copy_on_add
         self._storage_options = storage_options
-        self._url = os.fspath(storage_dir or auto_save_path or "")
-        self._temporary: str | None = None
-        self._store: Store | None = None
-        self._trusted: dict[str, Mapping[str, Any] | None] = {}
         self._lock = threading.RLock()
         self._closed = False
-        self._adopted = False  # whether what is at the URL is what the buffer holds
-        self._shared: frozenset[str] = frozenset()
-        self._view: View | None = None  # of all that is held
-        self._begins: Array = np.empty(0, np.int64)  # (pieces,) steps before each piece of the view
-        self._names: list[str] = []  # columns of a batch
-        self._reset_counters()
+        self._holding = Holding(
+            os.fspath(storage_dir or (auto_save_path if auto_save else "")),
+            keep=sample_window_size if window_only else 0,
+            cache=CacheKnobs(cache_bytes, cache_size, enable_cache),
+            storage_options=storage_options,
+        )
         self._reseed(seed)
 
     # Counts
@@ -152,9 +134,14 @@ class TrajectoryReplayBuffer:
         return self.size
 
     @property
+    def size(self) -> int:
+        """Trajectories that were added since the buffer was made, cleared or loaded."""
+        return self._holding.count
+
+    @property
     def total_samples(self) -> int:
-        """``T * B`` of all trajectories that were added."""
-        return self._total_samples
+        """``T * B`` of these."""
+        return self._holding.num_samples
 
     def is_ready(self, min_size: int) -> bool:
         """Whether there are at least so many trajectories."""
@@ -165,22 +152,15 @@ class TrajectoryReplayBuffer:
         return self.is_ready(min_size)
 
     def get_stats(self) -> dict[str, int]:
-        """``num_trajectories``, ``total_samples`` and ``cache_size``: trajectories that the cache holds for certain."""
-        held = (
-            min(len(self._index), self.sample_window_size or len(self._index))
-            if self._window_only
-            else len(self._index)
-        )
-        return {
-            "num_trajectories": self.size,
-            "total_samples": self.total_samples,
-            "cache_size": min(held, held if self._window_only else self.cache_size) if self.enable_cache else 0,
-        }
+        """``num_trajectories``, ``total_samples``, and ``cache_size``: trajectories that the cache holds for certain."""
+        held = min(self.size, self._holding.keep or self.cache_size) if self.enable_cache else 0
+        return {"num_trajectories": self.size, "total_samples": self.total_samples, "cache_size": held}
 
     # Adding
 
     def add_trajectories(self, trajectories: Sequence[Any]) -> None:
-        """Add rollouts; they are copied at once and can be sampled at once, and are written in the background.
+        """Add rollouts. They can be sampled at once, and are written in the background; do not change their tensors in
+        place afterwards (see ``copy_on_add``).
 
         Args:
             trajectories: Objects with the fields of ``Trajectory``. One with neither ``prev_logprobs`` nor ``rewards`` is
@@ -196,44 +176,10 @@ class TrajectoryReplayBuffer:
             self._check_open()
             taken = [(fields, rollouts.taken_apart(fields)) for fields in map(fields_of, trajectories)]
             whole = [(fields, rollout) for fields, rollout in taken if rollout is not None]
-            if not whole:
-                return
-            schema, shared = self._fitting(whole[0][1])
-            for _, rollout in whole:
-                parts.check_like(rollout, schema, shared)
-            store = self._opened(whole[0][1])
-            try:
-                for fields, rollout in whole:
-                    self._append(store, fields, rollout, self._trajectory_counter)
-            except TrajstoreError:
-                self._reindex()  # some of it may be lost: count what is there
-                raise
-            if self._window_only and self.sample_window_size:
-                self._forget_old(store)
-
-    def _fitting(self, first: Rollout) -> tuple[Schema, frozenset[str]]:
-        """The columns that rollouts must have, and which observations are stored once."""
-        if self._store is not None and self._store.schema.columns:
-            return self._store.schema, self._shared
-        shared = parts.shared_observations(first)
-        return parts.schema_of(first, shared), shared
-
-    def _append(self, store: Store, fields: Mapping[str, Any], rollout: Rollout, number: int) -> None:
-        entry = rollouts.append(store, fields, rollout, self._shared, number=number, seed=self.seed)
-        self._view = None
-        self._index.add(entry)
-        self._trajectory_counter = number + 1
-        self.size += 1
-        self._total_samples += entry.num_samples
-
-    def _forget_old(self, store: Store) -> None:
-        """A store that nobody else reads keeps twice the window at most."""
-        if len(self._index) <= 2 * self.sample_window_size:
-            return
-        pieces = self._index.drop(len(self._index) - self.sample_window_size)
-        store.flush()
-        store.delete(store.trajectories.first(pieces).ids, reclaim=True)
-        self._view = None
+            if whole:
+                self._holding.check([rollout for _, rollout in whole])
+            for fields, rollout in whole:
+                self._holding.put(fields, rollout.copied() if self._copy_on_add else rollout, seed=self.seed)
 
     # Sampling
 
@@ -257,25 +203,11 @@ class TrajectoryReplayBuffer:
             raise SelectionError(f"num_chunks={num_chunks}, expected at least 1")
         with self._lock:
             self._check_open()
-            window = self._index.window(self.sample_window_size)
-            if not window.num_samples:
+            total = self._holding.samples_in(self.sample_window_size)
+            if not total:
                 raise EmptyBufferError("cannot sample from an empty buffer; add trajectories first")
-            count = min(num_chunks, window.num_samples)
-            drawn = torch.randint(0, window.num_samples, (count,), generator=self.random_generator)
-            view = self._current_view()
-            steps = window.stored_steps(drawn.numpy()) + self._begins[window.first_piece]
-            rows = np.searchsorted(self._begins, steps, side="right") - 1
-            batch = view.gather(rows, steps - self._begins[rows], columns=self._names)
-        return rollouts.as_batch(batch)
-
-    def _current_view(self) -> View:
-        if self._view is None:
-            assert self._store is not None
-            self._view = self._store.trajectories
-            lengths = self._view.lengths
-            self._begins = np.cumsum(lengths) - lengths
-            self._names = rollouts.batch_columns([c.path for c in self._store.schema], self._shared)
-        return self._view
+            drawn = torch.randint(0, total, (min(num_chunks, total),), generator=self.random_generator)
+            return self._holding.gather(self.sample_window_size, drawn.numpy())
 
     # Checkpoints
 
@@ -303,32 +235,27 @@ class TrajectoryReplayBuffer:
                 raise SelectionError(
                     "save_trajectories=False keeps no checkpoints; make the buffer with save_trajectories=True"
                 )
-            if self._store is not None:
-                self._store.flush()
-                self._view = None
+            self._holding.settle()
             if self.trajectory_format != "store":
-                self._save_files(save_path, progress)
-            elif self._store is None or not len(self._index):
+                write_directory(
+                    save_path,
+                    self._holding.read(),
+                    trajectory_format=self.trajectory_format,
+                    seed=self.seed,
+                    trajectory_counter=self._holding.next_id,
+                    overwrite=True,
+                    storage_options=self._storage_options,
+                    total=len(self._holding.index),
+                    progress=progress,
+                )
+            elif not self.size:
                 with trajstore.open(save_path, mode="a", storage_options=self._storage_options) as empty:
                     empty.clear()
             else:
-                self._current_view().save(
+                self._holding.flush()
+                self._holding.kept().save(
                     save_path, share=share, replace=True, storage_options=self._storage_options, progress=progress
                 )
-
-    def _save_files(self, path: str | os.PathLike[str], progress: bool) -> None:
-        held = iter(()) if self._store is None else rollouts.read(self._current_view(), self._index.entries)
-        write_directory(
-            path,
-            held,
-            trajectory_format=self.trajectory_format,
-            seed=self.seed,
-            trajectory_counter=self._trajectory_counter,
-            overwrite=True,
-            storage_options=self._storage_options,
-            total=len(self._index),
-            progress=progress,
-        )
 
     def load_checkpoint(
         self,
@@ -372,12 +299,13 @@ class TrajectoryReplayBuffer:
             url = os.fspath(load_path)
             if "://" not in url:
                 url = os.path.abspath(os.path.expanduser(url))
-            with trajstore.open(url, storage_options=self._storage_options, bases=self._trusted) as checkpoint:
-                self._hold(checkpoint.trajectories, url, rank, ranks)
+            with trajstore.open(url, storage_options=self._storage_options, bases=self._holding.trusted) as checkpoint:
+                seed = self._holding.take_over(checkpoint.trajectories, url, rank, ranks)
+            self._reseed(self.seed if seed is None else seed)
 
     def _load_files(self, path: str | os.PathLike[str], rank: int, ranks: int, progress: bool) -> None:
         """Through a store of their own, so that a damaged file changes nothing."""
-        with tempfile.TemporaryDirectory(prefix="trajstore-load-", dir=self._beside()) as folder:
+        with tempfile.TemporaryDirectory(prefix="trajstore-load-", dir=self._holding.folder) as folder:
             url = os.path.join(folder, "store")
             with (
                 RlinfDirectory(path, storage_options=self._storage_options) as directory,
@@ -385,76 +313,41 @@ class TrajectoryReplayBuffer:
             ):
                 ids = directory.ids[rollouts.share_of(len(directory), rank, ranks)]
                 import_files(directory, staged, ids, allow_pickle=self._allow_pickle, seed=self.seed, progress=progress)
-                self._hold(staged.trajectories, url, 0, 1)
-            self._trusted.pop(url, None)
-            counter = directory.metadata.trajectory_counter
-            self._trajectory_counter = counter if ranks == 1 else max(ids, default=-1) + 1
-            if directory.metadata.seed is not None:
-                self._reseed(directory.metadata.seed)
-
-    def _hold(self, view: View, url: str, rank: int, ranks: int) -> None:
-        """Make the buffer's own store one that holds a rank's share of these rollouts."""
-        found = rollouts.find(view)
-        chosen = rollouts.share_of(len(found.entries), rank, ranks)
-        first = sum(entry.pieces for entry in found.entries[: chosen.start])
-        pieces = sum(entry.pieces for entry in found.entries[chosen])
-        mine = view.take(found.rows[first : first + pieces])
-        here = self._place()
-        own = _same_place(url, here)
-        if own and ranks > 1:
-            raise SelectionError(
-                f"{url} is the store of this buffer, of which a share cannot be loaded; give each rank an "
-                f"auto_save_path of its own"
-            )
-        seed = self.seed if found.seed is None else found.seed
-        if not own:
-            local = "://" not in url and "://" not in here
-            self._close_store()
-            mine.save(here, share="link" if local else "reference", replace=True, storage_options=self._storage_options)
-            if not local:
-                self._trusted[url] = self._storage_options
-        self._adopted = True
-        store = self._open_store()
-        if own and len(mine) < len(view):
-            store.delete(np.setdiff1d(view.ids, mine.ids))
-        self._reindex()
-        self._reseed(seed)
+                self._holding.take_over(staged.trajectories, url, 0, 1, share="copy")
+        if ranks == 1:
+            self._holding.next_id = directory.metadata.trajectory_counter
+        if directory.metadata.seed is not None:
+            self._reseed(directory.metadata.seed)
 
     # Cleaning up
 
     def clear(self) -> None:
-        """Hold nothing, and count from 0; what comes next may have other fields. Earlier versions of the store stay."""
+        """Hold nothing, and count from 0; what comes next may have other fields. Earlier versions of the store stay.
+
+        After ``close`` only the counts are cleared: what is on disk stays.
+        """
         with self._lock:
-            self._check_open()
-            if self._store is not None:
-                self._store.clear()
-            self._reset_counters()
+            self._holding.clear()
 
     def clear_cache(self) -> None:
-        """Write what waits, and give memory and threads back; sampling reads pages again."""
+        """Write what waits, and give memory and threads back; sampling reads pages again. May be called after ``close``."""
         with self._lock:
-            if not self._closed:
-                self._close_store()
+            self._holding.release()
 
     def close(self, wait: bool = True) -> None:
         """Write what waits, and end. May be called twice.
 
         Args:
-            wait: Until everything is durable; otherwise what waits is written in a thread, at the latest at the
-                interpreter's end.
+            wait: Until everything is durable; otherwise what waits is written in a thread.
         """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            if not wait and self._store is not None and self._temporary is None:
-                threading.Thread(target=self._close_store, name="trajstore-buffer-close").start()
-                return
-            try:
-                self._close_store()
-            finally:
-                if self._temporary is not None:
-                    self._finalizer()
+            if wait:
+                self._holding.close()
+            else:
+                threading.Thread(target=self._holding.close, name="trajstore-buffer-close").start()
 
     def __enter__(self) -> TrajectoryReplayBuffer:
         return self
@@ -463,87 +356,16 @@ class TrajectoryReplayBuffer:
         self.close()
 
     def __repr__(self) -> str:
-        return f"TrajectoryReplayBuffer(size={self.size}, total_samples={self.total_samples}, url={self._place()!r})"
+        return (
+            f"TrajectoryReplayBuffer(size={self.size}, total_samples={self.total_samples}, url={self._holding.url!r})"
+        )
 
     @property
     def store(self) -> Store | None:
-        """The store that holds the trajectories, to look at; None until there are any."""
-        return self._store
-
-    # The store
-
-    def _place(self) -> str:
-        """Where the store is."""
-        if self._url:
-            return self._url
-        if self._temporary is None:
-            self._temporary = tempfile.mkdtemp(prefix="trajstore-buffer-")
-            self._finalizer = weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
-        return os.path.join(self._temporary, "store")
-
-    def _beside(self) -> str | None:
-        """A folder on the disk of the store, if it is on one."""
-        here = self._place()
-        if "://" in here:
-            return None
-        parent = os.path.dirname(os.path.abspath(os.path.expanduser(here)))
-        os.makedirs(parent, exist_ok=True)
-        return parent
-
-    def _opened(self, first: Rollout) -> Store:
-        """The store; made for rollouts like this one if there is none."""
-        store = self._store
-        if store is None:
-            store = self._open_store(self.cache_size * sum(tensor.nbytes for tensor in first.columns.values()))
-            held = 0 if self._adopted else store.num_trajectories
-            if held:
-                self._close_store()
-                raise StoreExistsError(
-                    f"{self._place()} holds {held} trajectories of an earlier run: load_checkpoint() it to go on with "
-                    f"them, or "
-                    "choose another auto_save_path"
-                )
-            self._adopted = True
-        if not store.schema.columns:
-            schema, self._shared = self._fitting(first)
-            store.declare(schema)
-        return store
-
-    def _open_store(self, least_cache_bytes: int = 0) -> Store:
-        cache_bytes = max(self.cache_bytes, least_cache_bytes) if self.enable_cache else _UNCACHED_BYTES
-        self._store = trajstore.open(
-            self._place(),
-            mode="a",
-            cache_bytes=cache_bytes,
-            write_buffer_bytes=max(cache_bytes // 2, 1),
-            storage_options=self._storage_options,
-            bases=self._trusted,
-        )
-        return self._store
-
-    def _close_store(self) -> None:
-        store, self._store, self._view = self._store, None, None
-        if store is not None:
-            store.close()
-
-    def _reindex(self) -> None:
-        """Count what the store holds."""
-        self._reset_counters()
-        if self._store is None:
-            return
-        self._shared = parts.shared_in(self._store.schema)
-        for entry in rollouts.find(self._store.trajectories).entries:
-            self._index.add(entry)
-            self.size += 1
-            self._total_samples += entry.num_samples
-            self._trajectory_counter = max(self._trajectory_counter, entry.id + 1)
-
-    def _reset_counters(self) -> None:
-        self._index = RolloutIndex()
-        self._view = None
-        self._trajectory_counter = 0
-        self._total_samples = 0
-        self.size = 0
+        """The store that holds the trajectories, to look at; None while it is not open."""
+        with self._lock:
+            self._holding.settle()
+            return self._holding.store
 
     def _reseed(self, seed: int) -> None:
         self.seed = seed
@@ -558,9 +380,3 @@ def _one_of(name: str, value: int | None, other_name: str, other: int | None, de
     if value is not None and other is not None:
         raise SelectionError(f"{name}= and {other_name}= mean the same; give one")
     return next((given for given in (value, other) if given is not None), default)
-
-
-def _same_place(url: str, other: str) -> bool:
-    if "://" in url or "://" in other:
-        return url.rstrip("/") == other.rstrip("/")
-    return os.path.realpath(os.path.expanduser(url)) == os.path.realpath(os.path.expanduser(other))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trajstore.errors import ColumnNameError, ColumnShapeError, ColumnTypeError, CorruptionError
+from trajstore.errors import ColumnNameError, ColumnShapeError, ColumnTypeError, CorruptionError, SelectionError
 from trajstore.schema import Column, Schema, canonical_dtype, nest
 from trajstore.stored import Array
 
@@ -25,6 +27,8 @@ EPOCH_FIELDS = ("terminations", "truncations", "dones")  # may have a first row 
 _CURRENT, _NEXT = "curr_obs/", "next_obs/"
 _ABOUT = {"max_episode_length": int, "model_weights_id": str}
 _SHARED_FROM = 0.75  # of the steps have to repeat before an observation is stored once
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f/~\\:*?"<>|#%\[\]]')
+_ESCAPED = re.compile(r"~([0-9A-F]{2})")
 _PAGE_BYTES = 64 * 1024  # steps are drawn one by one: large pages would mostly be read for nothing
 _LARGE_ROW_BYTES = 1024
 
@@ -38,17 +42,34 @@ class Rollout:
         envs: ``B``.
         columns: Path -> ``[T, B, ...]``: what batches hold.
         rest: What they do not hold, as JSON.
+        versions: Path -> torch's count of changes in place when it was taken apart, where torch counts them.
     """
 
     steps: int
     envs: int
     columns: dict[str, torch.Tensor]
     rest: str
+    versions: dict[str, int]
 
     @property
     def num_samples(self) -> int:
         """``T * B``."""
         return self.steps * self.envs
+
+    def copied(self) -> Rollout:
+        """The same in memory of its own."""
+        columns = {path: tensor.clone() for path, tensor in self.columns.items()}
+        return replace(self, columns=columns, versions={})
+
+    def check_unchanged(self) -> None:
+        """Raise ``SelectionError`` if a tensor was changed in place since it was taken apart."""
+        for path, version in self.versions.items():
+            if self.columns[path]._version != version:
+                raise SelectionError(
+                    f"field {path!r} of a trajectory was changed in place before it was filed, so the trajectory is "
+                    f"lost; make "
+                    "the buffer with copy_on_add=True, or give each trajectory tensors of its own"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +105,16 @@ def take_apart(fields: Mapping[str, Any], steps: int, envs: int) -> Rollout:
     """
     columns: dict[str, torch.Tensor] = {}
     rest: dict[str, Any] = {}
-    devices: dict[str, str] = {}
-    for path, value in _leaves(fields):
+    leaves = list(_leaves(fields))
+    devices = {str(value.device): path for path, value in reversed(leaves) if isinstance(value, torch.Tensor)}
+    if len(devices) > 1:
+        where = ", ".join(f"{path!r} on {device}" for device, path in devices.items())
+        raise ColumnTypeError(f"fields lie on different devices: {where}; move them to one before they are added")
+    for path, value in leaves:
         if not isinstance(value, torch.Tensor):
             if type(value) is not _ABOUT.get(path):  # which each piece says
                 rest[path] = {"value": _plain(path, value)}
             continue
-        devices.setdefault(str(value.device), path)
         value = value.detach().cpu()
         if value.dim() < 2:
             rest[path] = {"tensor": _encoded(value)}
@@ -103,10 +127,8 @@ def take_apart(fields: Mapping[str, Any], steps: int, envs: int) -> Rollout:
         columns[path] = kept
         if dropped is not None:
             rest[path] = {"rows": _encoded(dropped)}
-    if len(devices) > 1:
-        where = ", ".join(f"{path!r} on {device}" for device, path in devices.items())
-        raise ColumnTypeError(f"fields lie on different devices: {where}; move them to one before they are added")
-    return Rollout(steps, envs, columns, json.dumps(rest) if rest else "")
+    versions = {path: tensor._version for path, tensor in columns.items() if not tensor.is_inference()}
+    return Rollout(steps, envs, columns, json.dumps(rest) if rest else "", versions)
 
 
 def put_together(columns: Mapping[str, torch.Tensor], rest: str) -> dict[str, Any]:
@@ -130,7 +152,7 @@ def put_together(columns: Mapping[str, torch.Tensor], rest: str) -> dict[str, An
         node = nested
         for part in path.strip("/").split("/"):
             node = node.setdefault(part, {})
-    return nested
+    return unescaped_keys(nested)
 
 
 def shared_observations(rollout: Rollout) -> frozenset[str]:
@@ -267,15 +289,39 @@ def _by_step(rows: torch.Tensor, steps: int, envs: int) -> torch.Tensor:
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if not isinstance(key, str) or "/" in key or not key:
-            raise ColumnNameError(f"field {key!r} under {prefix or 'the top'!r}: a name is a text without '/'")
-        path = prefix + key
+        if not isinstance(key, str) or not key:
+            raise ColumnNameError(f"field {key!r} under {prefix or 'the top'!r}: a name is a text")
+        path = prefix + escaped(key)
         if isinstance(value, Mapping):
             if not value:
                 yield f"{path}/", None  # an empty dict is kept as such
             yield from _leaves(value, f"{path}/")
         else:
             yield path, value
+
+
+def escaped(name: str) -> str:
+    """A field's name as part of a column's: characters that cannot be there as ``~`` and two hexadecimal digits.
+
+    >>> escaped("observation/image"), unescaped("observation~2Fimage")
+    ('observation~2Fimage', 'observation/image')
+    """
+    text = _UNSAFE.sub(lambda match: f"~{ord(match.group()):02X}", name)
+    if text.startswith(("__", " ")):
+        text = f"~{ord(text[0]):02X}{text[1:]}"
+    if text.endswith((".", " ")):
+        text = f"{text[:-1]}~{ord(text[-1]):02X}"
+    return text
+
+
+def unescaped(name: str) -> str:
+    """The inverse of ``escaped``."""
+    return _ESCAPED.sub(lambda match: chr(int(match.group(1), 16)), name)
+
+
+def unescaped_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """A nested mapping under the names of its fields."""
+    return {unescaped(k): unescaped_keys(v) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
 def _split_rows(path: str, tensor: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -322,7 +368,8 @@ def _repeats(rollout: Rollout, name: str) -> torch.Tensor:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """``[T, B, n]`` integers that hold the bits of each row: NaN is equal to itself there."""
-    flat = tensor.reshape(*tensor.shape[:2], -1).contiguous().view(torch.uint8)
+    width = math.prod(tensor.shape[2:])  # -1 would not do where there is nothing
+    flat = tensor.reshape(*tensor.shape[:2], width).contiguous().view(torch.uint8)
     for dtype, size in ((torch.int64, 8), (torch.int32, 4)):
         if flat.shape[-1] % size == 0 and flat.storage_offset() % size == 0:
             return flat.view(dtype)
@@ -333,7 +380,8 @@ def _any(tensor: torch.Tensor | None) -> np.ndarray[Any, np.dtype[np.bool_]] | N
     """``[T, B]`` bool: whether anything of a step is true."""
     if tensor is None:
         return None
-    flags: np.ndarray[Any, np.dtype[np.bool_]] = (tensor != 0).reshape(*tensor.shape[:2], -1).any(-1).numpy()
+    width = math.prod(tensor.shape[2:])
+    flags: np.ndarray[Any, np.dtype[np.bool_]] = (tensor != 0).reshape(*tensor.shape[:2], width).any(-1).numpy()
     return flags
 
 

@@ -41,9 +41,13 @@ class RolloutIndex:
 
     Args:
         entries: From the oldest on.
+        dropped: Rollouts that came before them and are kept no longer.
+        dropped_samples: Of those.
     """
 
-    def __init__(self, entries: Sequence[Entry] = ()) -> None:
+    def __init__(self, entries: Sequence[Entry] = (), *, dropped: int = 0, dropped_samples: int = 0) -> None:
+        self.dropped = dropped
+        self.dropped_samples = dropped_samples
         self._entries = list(entries)
         self._made: tuple[int, _Window] | None = None
 
@@ -62,10 +66,12 @@ class RolloutIndex:
 
     def drop(self, count: int) -> int:
         """Forget the oldest rollouts; how many stored trajectories these were."""
-        gone = sum(entry.pieces for entry in self._entries[:count])
+        gone = self._entries[:count]
+        self.dropped += len(gone)
+        self.dropped_samples += sum(entry.num_samples for entry in gone)
         del self._entries[:count]
         self._made = None
-        return gone
+        return sum(entry.pieces for entry in gone)
 
     def window(self, size: int) -> _Window:
         """The last ``size`` rollouts; 0 for all."""

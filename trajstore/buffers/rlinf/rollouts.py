@@ -71,6 +71,9 @@ def append(
         shared: Observations that are stored once.
         number: Its ``trajectory_id``.
         seed: Of the buffer.
+
+    Raises:
+        SelectionError: Its tensors have changed since it was taken apart.
     """
     about = {
         ID: number,
@@ -81,6 +84,7 @@ def append(
         SEED: seed,
     }
     cut = parts.pieces(rollout, shared)
+    rollout.check_unchanged()  # from here on it is a copy
     metadata: list[dict[str, Any]] = [{ENV: env} for env in cut.envs.tolist()]
     if rollout.rest:
         metadata[0][REST] = rollout.rest
@@ -169,7 +173,7 @@ def as_batch(batch: dict[str, Any]) -> dict[str, Any]:
     following = batch.pop("next_curr_obs", None)
     if following is not None:
         batch["next_obs"] = _merged(following, batch.get("next_obs", {}))
-    return batch
+    return parts.unescaped_keys(batch)
 
 
 def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,349 @@
+"""The store behind a buffer of rollouts: where it is, which rollouts it holds, and what waits to be filed.
+
+Invariant: rollouts are filed in the order in which they were put, by one thread; whoever samples, saves or counts pieces
+waits for it first, so that nothing that was put is overlooked. What fails there is raised at the next call, and the counts
+are then those of the store.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import trajstore
+from trajstore.buffers.rlinf import columns as parts
+from trajstore.buffers.rlinf import rollouts
+from trajstore.buffers.rlinf.columns import Rollout
+from trajstore.buffers.rlinf.index import RolloutIndex
+from trajstore.edit.combine import Share
+from trajstore.errors import SelectionError, StoreExistsError, TrajstoreError
+from trajstore.schema import Schema
+from trajstore.storage.workers import Workers
+from trajstore.store import Store
+from trajstore.stored import Array
+from trajstore.view import View
+
+_UNCACHED_BYTES = 64 << 20
+_LEAST_CACHE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class CacheKnobs:
+    """How much memory pages may take.
+
+    Attributes:
+        nbytes: The budget.
+        rollouts: The cache holds at least so many, whatever the budget.
+        enabled: Otherwise only what a batch needs is kept.
+    """
+
+    nbytes: int
+    rollouts: int
+    enabled: bool
+
+    def bytes_for(self, rollout_bytes: int) -> int:
+        """Size of the page cache of a store with rollouts of about this size."""
+        if not self.enabled:
+            return _UNCACHED_BYTES
+        return max(self.nbytes, self.rollouts * rollout_bytes, _LEAST_CACHE_BYTES)
+
+
+class Holding:
+    """Rollouts in a store.
+
+    Args:
+        url: Where the store is; ``""`` for a temporary folder.
+        keep: Rollouts that are kept, twice as many for a while; 0 for all. For a temporary folder only.
+        cache: Memory.
+        storage_options: For a URL.
+    """
+
+    def __init__(self, url: str, *, keep: int, cache: CacheKnobs, storage_options: Mapping[str, Any] | None) -> None:
+        self.keep = keep
+        self.store: Store | None = None
+        self.storage_options = storage_options
+        self._url = url
+        self._cache = cache
+        self._rollout_bytes = 0  # of the first
+        self._folder: str | None = None
+        self.trusted: dict[str, Mapping[str, Any] | None] = {}  # stores that this one refers to
+        self._known = False  # whether what is at the URL is what is held
+        self._filing = Workers(1, name="trajstore-rollouts")
+        self._finalizer = weakref.finalize(self, self._filing.close)  # files what waits
+        self._waiting: collections.deque[tuple[Future[None], int]] = collections.deque()  # and bytes of each
+        self._waiting_bytes = 0
+        self.index = RolloutIndex()  # of what is filed
+        self.count = 0  # rollouts that were put
+        self.num_samples = 0  # of these
+        self.next_id = 0
+        self._view: View | None = None
+        self._begins: Array = np.empty(0, np.int64)  # (pieces,) steps before each piece of the view
+        self._names: list[str] = []  # columns of a batch
+        self._shared: frozenset[str] = frozenset()  # observations that are stored once
+
+    @property
+    def url(self) -> str:
+        """Where the store is."""
+        if self._url:
+            return self._url
+        if self._folder is None:
+            self._folder = tempfile.mkdtemp(prefix="trajstore-buffer-")
+            self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return os.path.join(self._folder, "store")
+
+    @property
+    def folder(self) -> str | None:
+        """A folder on the disk of the store; None if that is not on one."""
+        if "://" in self.url:
+            return None
+        parent = os.path.dirname(os.path.abspath(os.path.expanduser(self.url)))
+        os.makedirs(parent, exist_ok=True)
+        return parent
+
+    # Filing
+
+    def check(self, found: Sequence[Rollout]) -> None:
+        """Raise unless rollouts have the columns of those before them; changes nothing."""
+        schema, shared = self._fitting(found[0])
+        for rollout in found:
+            parts.check_like(rollout, schema, shared)
+
+    def put(self, fields: Mapping[str, Any], rollout: Rollout, *, seed: int) -> None:
+        """File a checked rollout soon; if its tensors change before, that is an error at the next call."""
+        self._raise_failed()
+        self._open_for(rollout)
+        nbytes = sum(tensor.nbytes for tensor in rollout.columns.values())
+        while self._waiting and self._waiting_bytes + nbytes > self._cache.bytes_for(0) // 2:
+            self._await_oldest()
+        future = self._filing.submit(self._file, fields, rollout, self.next_id, seed)
+        self._waiting.append((future, nbytes))
+        self._waiting_bytes += nbytes
+        self.next_id += 1
+        self.count += 1
+        self.num_samples += rollout.num_samples
+
+    def settle(self) -> None:
+        """Wait until everything is filed.
+
+        Raises:
+            TrajstoreError: What failed: those rollouts are lost.
+        """
+        while self._waiting:
+            self._await_oldest()
+
+    def _file(self, fields: Mapping[str, Any], rollout: Rollout, number: int, seed: int) -> None:
+        assert self.store is not None
+        self.index.add(rollouts.append(self.store, fields, rollout, self._shared, number=number, seed=seed))
+        self._view = None
+        if self.keep and len(self.index) > 2 * self.keep:
+            pieces = self.index.drop(len(self.index) - self.keep)
+            self.store.flush()
+            self.store.delete(self.store.trajectories.first(pieces).ids, reclaim=True)
+
+    def _await_oldest(self) -> None:
+        future, nbytes = self._waiting.popleft()
+        self._waiting_bytes -= nbytes
+        try:
+            future.result()
+        except TrajstoreError:
+            for later, _ in self._waiting:
+                later.exception()  # they are filed, or fail for the same reason
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            self._recount()
+            raise
+
+    def _raise_failed(self) -> None:
+        while self._waiting and self._waiting[0][0].done():
+            self._await_oldest()
+
+    # Sampling
+
+    def view(self) -> View:
+        """All pieces, once everything is filed."""
+        self.settle()
+        if self._view is None:
+            store = self._opened()
+            self._view = store.trajectories
+            lengths = self._view.lengths
+            self._begins = np.cumsum(lengths) - lengths
+            self._names = rollouts.batch_columns([c.path for c in store.schema], self._shared)
+        return self._view
+
+    def gather(self, window: int, samples: Array) -> dict[str, Any]:
+        """A batch of samples ``(n,)`` of the last ``window`` rollouts."""
+        view = self.view()
+        chosen = self.index.window(window)
+        steps = chosen.stored_steps(samples) + self._begins[chosen.first_piece]
+        rows = np.searchsorted(self._begins, steps, side="right") - 1
+        return rollouts.as_batch(view.gather(rows, steps - self._begins[rows], columns=self._names))
+
+    def samples_in(self, window: int) -> int:
+        """Samples of the last ``window`` rollouts."""
+        self.settle()
+        return self.index.window(window).num_samples
+
+    # As a whole
+
+    def kept(self) -> View:
+        """The pieces of the rollouts that are kept."""
+        view = self.view()
+        return view if not self.keep else view[self.index.window(self.keep).first_piece :]
+
+    def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Ids and fields of the rollouts that are kept."""
+        if not self.count:
+            return iter(())
+        view = self.kept()
+        return rollouts.read(view, self.index.entries[-self.keep :])
+
+    def take_over(self, view: View, url: str, rank: int, ranks: int, *, share: Share | None = None) -> int | None:
+        """Hold a rank's share of the rollouts of a view, instead of what was held.
+
+        Args:
+            view: Of a store.
+            url: Of that store.
+            rank: Which share.
+            ranks: Of how many.
+            share: See ``View.save``; by default links on disks, else references.
+
+        Returns:
+            The seed that is noted with them.
+        """
+        found = rollouts.find(view)
+        chosen = rollouts.share_of(len(found.entries), rank, ranks)
+        first = sum(entry.pieces for entry in found.entries[: chosen.start])
+        pieces = sum(entry.pieces for entry in found.entries[chosen])
+        mine = view.take(found.rows[first : first + pieces])
+        own = _same_place(url, self.url)
+        if own and ranks > 1:
+            raise SelectionError(
+                f"{url} is the store of this buffer, of which a share cannot be loaded; give each rank an "
+                f"auto_save_path of its "
+                "own"
+            )
+        self.settle()
+        if not own:
+            on_disks = "://" not in url and "://" not in self.url
+            how: Share = share or ("link" if on_disks else "reference")
+            self.release()
+            mine.save(self.url, share=how, replace=True, storage_options=self._options())
+            if how == "reference":
+                self.trusted[url] = self.storage_options
+        self._known = True
+        store = self._opened()
+        if own and len(mine) < len(view):
+            store.delete(np.setdiff1d(view.ids, mine.ids))
+        self._forget()
+        self._recount()
+        return found.seed
+
+    def flush(self) -> None:
+        """Wait until everything is durable."""
+        self.settle()
+        if self.store is not None:
+            self.store.flush()
+            self._view = None
+
+    def clear(self) -> None:
+        """Hold nothing; what comes next may have other columns."""
+        self.settle()
+        if self.store is not None:
+            self.store.clear()
+        self._forget()
+
+    def release(self) -> None:
+        """Write what waits; give memory and threads of the store back. It is opened again when needed."""
+        try:
+            self.settle()
+        finally:
+            store, self.store, self._view = self.store, None, None
+            if store is not None:
+                store.close()
+
+    def close(self) -> None:
+        """Write what waits, end the thread, remove a temporary folder."""
+        try:
+            self.release()
+        finally:
+            self._finalizer()
+            if self._folder is not None:
+                self._remove_folder()
+
+    def _options(self) -> Mapping[str, Any] | None:
+        return self.storage_options if "://" in self.url else None
+
+    def _opened(self) -> Store:
+        if self.store is None:
+            nbytes = self._cache.bytes_for(self._rollout_bytes)
+            self.store = trajstore.open(
+                self.url,
+                mode="a",
+                cache_bytes=nbytes,
+                write_buffer_bytes=max(nbytes // 2, 1),
+                storage_options=self._options(),
+                bases=self.trusted,
+            )
+        return self.store
+
+    def _open_for(self, first: Rollout) -> None:
+        """Have a store that rollouts like this one can be filed in."""
+        if self.store is not None and self.store.schema.columns:
+            return
+        self._rollout_bytes = self._rollout_bytes or sum(tensor.nbytes for tensor in first.columns.values())
+        store = self._opened()
+        if store.num_trajectories and not self._known:
+            held = store.num_trajectories
+            self.release()
+            raise StoreExistsError(
+                f"{self.url} holds {held} trajectories of an earlier run: load_checkpoint() it to go on with them, or "
+                f"choose "
+                "another auto_save_path"
+            )
+        self._known = True
+        if not store.schema.columns:
+            schema, self._shared = self._fitting(first)
+            store.declare(schema)
+
+    def _fitting(self, first: Rollout) -> tuple[Schema, frozenset[str]]:
+        """The columns that rollouts must have, and which observations are stored once."""
+        if self.count and self.store is None:
+            self._opened()
+        if self.store is not None and self.store.schema.columns and self._known:
+            return self.store.schema, self._shared
+        shared = parts.shared_observations(first)
+        return parts.schema_of(first, shared), shared
+
+    def _recount(self) -> None:
+        """Count what the store holds, and what was kept no longer."""
+        store = self._opened()
+        gone, gone_samples = self.index.dropped, self.index.dropped_samples
+        self._shared = parts.shared_in(store.schema)
+        found = rollouts.find(store.trajectories)
+        self.index = RolloutIndex(found.entries, dropped=gone, dropped_samples=gone_samples)
+        self.count = len(found.entries) + gone
+        self.num_samples = sum(entry.num_samples for entry in found.entries) + gone_samples
+        self.next_id = max((entry.id + 1 for entry in found.entries), default=0)
+        self._view = None
+
+    def _forget(self) -> None:
+        """Count from 0."""
+        self.index = RolloutIndex()
+        self.count = self.num_samples = self.next_id = 0
+        self._view = None
+        self._shared = frozenset()
+
+
+def _same_place(url: str, other: str) -> bool:
+    if "://" in url or "://" in other:
+        return url.rstrip("/") == other.rstrip("/")
+    return os.path.realpath(os.path.expanduser(url)) == os.path.realpath(os.path.expanduser(other))
