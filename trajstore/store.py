@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from trajstore.edit.reclaim import reclaim as reclaim_bytes
 from trajstore.errors import (
     ClosedError,
     LengthError,
@@ -428,13 +427,13 @@ class Store:
             ...     len(store.trajectories)
             1
         """
-        chosen = ids if isinstance(ids, np.ndarray) else np.array(list(ids), np.int64)
+        chosen = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
         if chosen.size and chosen.dtype.kind not in "iu":
             raise SelectionError(f"ids of dtype {chosen.dtype}, expected integers")
         writer = self._writing()
         version = writer.commit(Delete(np.unique(chosen.astype(np.int64))))
         if reclaim:
-            reclaim_bytes(self._filesystem, self._history, version, in_progress=writer.segments_in_progress)
+            writer.reclaim()
         return version.number
 
     def declare(self, schema: Schema | Iterable[Column]) -> None:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from trajstore.edit.reclaim import reclaim
 from trajstore.errors import (
     ClosedError,
     ForkedError,
@@ -89,12 +90,14 @@ class Writer:
         self._filesystem = filesystem
         self._history = history
         self._head = head
+        self._declared = schema
         self._schema = head.snapshot.schema.extended_by(schema)
         self._workers = workers
         self._now = now
         self._pid = os.getpid()
         self._blocks = BlockPool(options.write_buffer_bytes)
         self._condition = threading.Condition()
+        self._storing = threading.Lock()  # held while a batch's objects are stored and committed
         self._open = Batch(0)
         self._queue: deque[Batch] = deque()
         self._streaming: list[SegmentBuilder] = []  # of episodes that outgrew memory
@@ -198,6 +201,7 @@ class Writer:
         """Add columns to the schema; they are committed with the next trajectory."""
         with self._begin_change():
             self._schema = self._schema.extended_by(schema)
+            self._declared = self._declared.extended_by(schema)
 
     def follow(self, follower: Follower) -> None:
         """Tell ``follower`` of every trajectory from now on. What was appended before is committed first."""
@@ -278,19 +282,22 @@ class Writer:
             self._raise_background_errors()
 
     def commit(self, change: Change) -> Version:
-        """Flush, then commit another change; the schema is then the new version's."""
+        """Flush, then commit another change."""
         self.flush()
         version = self._history.commit(change, self._head)
         with self._condition:
+            if isinstance(change, Append) and change.instead:
+                self._declared = Schema()
             if version.number > self._head.number:
-                if not self._open.rows and not self._queue:
-                    self._schema = version.snapshot.schema
                 self._adopt(version)
         return version
 
-    @property
-    def segments_in_progress(self) -> set[str]:
-        """Segments that are being written."""
+    def reclaim(self) -> int:
+        """Give back what the latest version does not need; bytes. Meanwhile nothing that was appended is committed."""
+        with self._storing:
+            return reclaim(self._filesystem, self._history, self._head.number, in_progress=self._segments_in_progress)
+
+    def _segments_in_progress(self) -> set[str]:
         with self._condition:
             batches = [self._open, *self._queue]
             return {b.uuid for b in (*self._streaming, *(b for batch in batches for b in batch.builders))}
@@ -476,14 +483,20 @@ class Writer:
         self._head = version
         if self._follower is not None:
             self._follower.advance(version)
+        waiting = self._open.rows or self._queue or self._streaming
+        fresh = version.snapshot.schema
         try:
-            self._schema = version.snapshot.schema.merged_with(self._schema)
+            # What nothing waits for is forgotten: the columns may have been cleared.
+            self._schema = fresh.merged_with(self._schema) if waiting else fresh.extended_by(self._declared)
         except SchemaConflictError:
-            return  # another writer was first: committing what is open will say so, with what is lost
+            if not waiting:
+                self._schema = fresh
+            # Otherwise another writer was first: committing what is open will say so, with what is lost.
 
     def _settle(self, batch: Batch) -> None:
         try:
-            version, entries = self._commit(batch)
+            with self._storing:
+                version, entries = self._commit(batch)
         except Exception as error:  # noqa: BLE001 - raised at the next call of the user
             with self._condition:
                 self._fail(batch, error)
@@ -495,7 +508,8 @@ class Writer:
             if self._follower is not None:
                 ids = {row.uuid: first_id + number for number, (_, row) in enumerate(batch.rows)}
                 self._follower.committed(version, entries, ids)
-            self._adopt(version)
+            if version.number > self._head.number:  # a later one may have been seen meanwhile
+                self._adopt(version)
             self._settled = batch.number
             self._queue.popleft()
             self._condition.notify_all()

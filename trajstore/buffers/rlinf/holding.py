@@ -171,13 +171,7 @@ class Holding:
     def view(self) -> View:
         """All pieces, once everything is filed."""
         self.settle()
-        if self._view is None:
-            store = self._opened()
-            self._view = store.trajectories
-            lengths = self._view.lengths
-            self._begins = np.cumsum(lengths) - lengths
-            self._names = rollouts.batch_columns([c.path for c in store.schema], self._shared)
-        return self._view
+        return self._look(self._opened()) if self._view is None else self._view
 
     def gather(self, window: int, samples: Array) -> dict[str, Any]:
         """A batch of samples ``(n,)`` of the last ``window`` rollouts."""
@@ -313,6 +307,15 @@ class Holding:
         if not store.schema.columns:
             schema, self._shared = self._fitting(first)
             store.declare(schema)
+        # From the first look on, rows stay in the page cache when they are appended: what is drawn soon is not read back.
+        self._look(store)
+
+    def _look(self, store: Store) -> View:
+        self._view = store.trajectories
+        lengths = self._view.lengths
+        self._begins = np.cumsum(lengths) - lengths
+        self._names = rollouts.batch_columns([c.path for c in store.schema], self._shared)
+        return self._view
 
     def _fitting(self, first: Rollout) -> tuple[Schema, frozenset[str]]:
         """The columns that rollouts must have, and which observations are stored once."""
