@@ -36,6 +36,7 @@ def test_every_command_is_one_that_the_command_line_has():
     from trajstore.cli import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
     shown = set(re.findall(r"^(?:.*bin/)?trajstore (\w+)", README, re.MULTILINE))
     assert shown
     assert shown <= known

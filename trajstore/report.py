@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,8 @@ from trajstore.read.usage import StoreUsage
 from trajstore.store import Store
 from trajstore.trajectory import Trajectory
 from trajstore.view import View
+
+_WIDEST_CELL = 28
 
 
 def usage_json(store: Store, usage: StoreUsage) -> dict[str, Any]:
@@ -98,15 +101,29 @@ def print_usage(console: Console, usage: StoreUsage, *, title: str = "where the 
 
 
 def print_trajectories(console: Console, frame: pd.DataFrame, *, total: int) -> None:
-    """``trajstore ls``: the trajectory table, without what only programs need."""
+    """``trajstore ls``: the trajectory table, without what only programs need, and as much of it as is wide enough."""
     shown = frame.drop(columns=["uuid"])
+    cells = {str(name): [_clipped(_cell(value)) for value in shown[name]] for name in shown.columns}
+    same = {} if len(shown) < 2 else {name: texts[0] for name, texts in cells.items() if len(set(texts)) == 1}
+    room = console.width - max((len(str(number)) for number in shown.index), default=2) - 4
     table = Table("id")
-    for name in shown.columns:
+    fitting: list[str] = []
+    for name in (name for name in cells if name not in same):
+        room -= max(len(name), *map(len, cells[name]), 0) + 3 if cells[name] else len(name) + 3
+        if room < 0:
+            break
+        fitting.append(name)
         numeric = pd.api.types.is_numeric_dtype(shown[name]) and shown[name].dtype != bool
-        table.add_column(str(name), justify="right" if numeric else "left", no_wrap=True)
-    for number, row in zip(shown.index, shown.itertuples(index=False), strict=True):
-        table.add_row(str(number), *(_cell(value) for value in row))
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    for row, number in enumerate(shown.index):
+        table.add_row(str(number), *(cells[name][row] for name in fitting))
     console.print(table)
+    alike = ", ".join(f"{name}={text}" for name, text in same.items() if text)
+    if alike:
+        console.print(f"in all of these: {alike}", highlight=False)
+    left = [name for name in cells if name not in same and name not in fitting]
+    if left:
+        console.print(f"not shown, for lack of room: {', '.join(left)} (--json has all)", highlight=False)
     if total > len(frame):
         console.print(f"{len(frame)} of {total:,} trajectories", highlight=False)
 
@@ -207,13 +224,17 @@ def _shows(frame_column: str, path: str) -> bool:
     return frame_column == path or frame_column.startswith(f"{path}[")
 
 
+def _clipped(text: str) -> str:
+    return text if len(text) <= _WIDEST_CELL else text[: _WIDEST_CELL - 1] + "…"
+
+
 def _cell(value: Any) -> str:
     if value is None or value is pd.NA or value is pd.NaT:
         return ""
     if isinstance(value, bool):
         return "yes" if value else ""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return "" if math.isnan(value) else f"{value:.4g}"
     if isinstance(value, pd.Timestamp):
         return value.strftime("%Y-%m-%d %H:%M:%S")
     text = str(value)

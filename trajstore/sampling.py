@@ -270,7 +270,7 @@ class Sampled:
         """What the windows of this view are gathered with; for loaders."""
         self._access.check_open()
         private = options.cache_bytes is not None or options.cache_device is not None
-        cache = self._access.cache
+        cache = self._access.cache_for(self._selection.schema)
         selection = self._selection
         if private:
             cache = self._access.private_cache(options.cache_bytes, options.cache_device)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from trajstore.edit.reclaim import reclaim as reclaim_bytes
 from trajstore.errors import (
     ClosedError,
     LengthError,
@@ -277,8 +278,9 @@ class Store:
 
     def _latest_table(self) -> TrajectoryTable:
         if self._writer is not None:
-            if self._live is None:
-                live = LiveTrajectories(self._table_of, self._writer.head, self._access.cache, self._access.readers)
+            cache = self._access.cache_for(self._writer.schema)
+            if self._live is None or self._live.cache is not cache:
+                live = LiveTrajectories(self._table_of, self._writer.head, cache, self._access.readers)
                 self._writer.follow(live)
                 self._live = live
             elif self._writer.hides:  # there was no memory to keep all of it in
@@ -433,7 +435,10 @@ class Store:
         writer = self._writing()
         version = writer.commit(Delete(np.unique(chosen.astype(np.int64))))
         if reclaim:
-            writer.reclaim()
+            with writer.paused():
+                reclaim_bytes(
+                    self._filesystem, self._history, version.number, in_progress=writer.segments_in_progress
+                )
         return version.number
 
     def declare(self, schema: Schema | Iterable[Column]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import torch
 
 from tests.support.rlinf_reference import assert_same
 from trajstore.buffers import stored_ring
+from trajstore.buffers.objectrl import ReplayBuffer
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
 from trajstore.buffers.rlinf.trajectory import fields_of
 from trajstore.buffers.stored_ring import StoredRing
@@ -35,8 +37,6 @@ _CAPACITY = 40
 
 def saves(folder: str, done: int) -> Iterator[int]:
     """Checkpoints of ObjectRL's buffer, one over the other; gives the number of each that has returned."""
-    from trajstore.buffers.objectrl import ReplayBuffer
-
     path = os.path.join(folder, "checkpoint")
     buffer = ReplayBuffer("cpu", "cpu", _CAPACITY)
     if done or os.path.exists(f"{path}.metadata"):
@@ -124,12 +124,12 @@ def run(folder: str, seed: int, kind: str, kills: int = KILLS) -> dict[str, Any]
     rng = random.Random(seed)
     done = 0
     for _ in range(kills):
+        countdown, before = rng.randint(1, 80), rng.random() < 0.5
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _child(folder, kind, done, writer, rng.randint(1, 80), before=rng.random() < 0.5)
-        rng.random()  # the parent's goes on too
+            _child(folder, kind, done, writer, countdown, before=before)
         os.close(writer)
         with os.fdopen(reader) as pipe:
             said = pipe.read().splitlines()
@@ -184,6 +184,8 @@ def _child(folder: str, kind: str, done: int, writer: int, countdown: int, *, be
 def main() -> None:
     """Entry of the runner's process."""
     folder, seed, kind, *kills = sys.argv[1:]
+    if kind == "saves":
+        importlib.import_module("tensordict")  # once, not in every child
     json.dump(run(folder, int(seed), kind, *map(int, kills)), sys.stdout)
 
 

@@ -136,7 +136,8 @@ def merge_manifests(parts: Sequence[tuple[ManifestEntry, Manifest]], fields: Map
     for entry, manifest in parts:
         table = live_rows(entry, manifest.table, table_schema(fields))
         renumber = np.empty(len(manifest.segments), np.int32)
-        for n, segment in enumerate(manifest.segments):
+        for n in np.unique(table["segment"].to_numpy()).tolist():  # of some segments, all trajectories may be deleted
+            segment = manifest.segments[n]
             renumber[n] = numbers.setdefault((segment.uuid, segment.base), len(segments))
             if renumber[n] == len(segments):
                 segments.append(segment)

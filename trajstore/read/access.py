@@ -1,6 +1,6 @@
 """What the views of one store handle share: page indexes, cache, output buffers, and how another process opens the store.
 
-Invariant: one cache per handle, whose memory is taken when first needed; closing the handle gives it back, and takes seconds
+Invariant: one cache per handle and type of its columns, whose memory is taken when first needed; closing the handle gives it back, and takes seconds
 at most, even if the storage hangs.
 """
 
@@ -21,6 +21,7 @@ from trajstore.read.disk_cache import DiskCache
 from trajstore.read.fetch import PageFetcher
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.table import TrajectoryTable
+from trajstore.schema import Schema
 from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import FORKED, Workers
@@ -71,7 +72,8 @@ class StoreAccess:
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
         self.buffers = BufferPool(_KEPT_BUFFERS)  # of batches whose steps were named
         # Of all views and loaders of the handle; memory is taken only when a loader says what it needs.
-        self.cache = PageCache(cache_bytes, self.readers, self._fetcher)
+        self._cache = PageCache(cache_bytes, self.readers, self._fetcher)
+        self._former: list[weakref.ref[PageCache]] = []  # of columns that have other types now
 
     def check_open(self) -> None:
         """Raise ``ClosedError`` once the handle is closed, ``ForkedError`` in a forked child."""
@@ -105,6 +107,16 @@ class StoreAccess:
             )
         return self._reopen
 
+    def cache_for(self, schema: Schema) -> PageCache:
+        """The cache of all views whose columns have these types: a store that was cleared may have others."""
+        for cache in (self._cache, *(former() for former in self._former)):
+            if cache is not None and cache.admits(schema):
+                return cache
+        self._former = [former for former in self._former if former() is not None] + [weakref.ref(self._cache)]
+        self._cache = PageCache(self.cache_bytes, self.readers, self._fetcher)
+        self._cache.admits(schema)
+        return self._cache
+
     def private_cache(self, nbytes: int | None, device: torch.device | str | None) -> PageCache:
         """A cache of a loader's own."""
         return PageCache(
@@ -121,6 +133,8 @@ class StoreAccess:
         self._closed = True
         for loader in list(self._loaders):
             loader.close()
-        self.cache.clear()
+        for cache in (self._cache, *(former() for former in self._former)):
+            if cache is not None:
+                cache.clear()
         self._reading.close(_JOIN_S)
         self.bases.close()

@@ -67,6 +67,8 @@ class PageCache:
         self._entries: list[SegmentEntry] = []
         self._variable: VariablePages | None = None
         self._schema = Schema()
+        self._types: dict[str, tuple[Any, ...]] = {}  # of all columns seen, by path
+        self._admitted = self._schema
         self._tick = 0
         self._leases: dict[int, int] = {}  # ticks, and the threads that hold them: each at most one
         self._broken = False  # Ctrl-C broke off in the middle of the bookkeeping
@@ -97,6 +99,17 @@ class PageCache:
     def group(self, name: str) -> PageGroup:
         """A group that is reserved."""
         return self._groups[name]
+
+    def admits(self, schema: Schema) -> bool:
+        """Whether no column has another type than the one of that name before it, so that they can share arenas."""
+        with self._lock:
+            if schema is not self._admitted:
+                types = {c.path: (c.dtype, c.shape, c.extra, c.ragged) for c in schema}
+                if any(self._types.get(path, kind) != kind for path, kind in types.items()):
+                    return False
+                self._types.update(types)
+                self._admitted = schema
+            return True
 
     def number_segments(self, entries: Sequence[SegmentEntry]) -> Array:
         """The cache's numbers of segments, ``(n,)`` int64; new ones get the next."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trajstore.errors import CacheTooSmallError, UnknownColumnError
+from trajstore.errors import CacheTooSmallError, SchemaConflictError, UnknownColumnError
 from trajstore.format.manifest import SegmentEntry, TrajectoryRow
 from trajstore.format.pages import PageSource, arrow_type
 from trajstore.read.arena import Need, group_name
@@ -148,7 +148,7 @@ class LiveTrajectories:
         readers: SegmentReaders,
     ) -> None:
         self._table_of = table_of
-        self._cache = cache
+        self.cache = cache
         self._readers = readers
         self._lock = threading.RLock()
         self._version = version  # that the next table is to show
@@ -161,8 +161,11 @@ class LiveTrajectories:
         """Everything committed as far as this handle knows, and everything that it appended since."""
         with self._lock:
             if self._growth.base.version.number != self._version.number:
+                base = self._table_of(self._version)
+                for entry in base.segments:  # it may show a batch whose commit is about to be told
+                    self._settle(entry)
                 waiting = [row for row in self._growth.rows if row.segment in self._segments]
-                grown = Growth(self._table_of(self._version))
+                grown = Growth(base)
                 for row in waiting:
                     grown.add(row, self._segments[row.segment].entry)
                 self._growth = grown
@@ -185,6 +188,8 @@ class LiveTrajectories:
         """
         with self._lock:
             self._schema = schema
+            if not self.cache.admits(schema):
+                return False
             segment = self._segments.get(rows[0].segment)
             if segment is None:
                 present = [schema[path] for path in columns]
@@ -192,7 +197,7 @@ class LiveTrajectories:
                     self._reserve(schema, page_rows)
                 except CacheTooSmallError:
                     return False
-                segment = LiveSegment(rows[0].segment, present, page_rows, self._cache, self._readers)
+                segment = LiveSegment(rows[0].segment, present, page_rows, self.cache, self._readers)
                 self._segments[rows[0].segment] = segment
                 self._readers.add_live(segment)
             if segment.closed or not segment.add(columns):
@@ -212,11 +217,7 @@ class LiveTrajectories:
         with self._lock:
             self._growth.know_ids(ids)
             for entry in entries:
-                segment = self._segments.pop(entry.uuid, None)
-                if segment is not None:
-                    self._growth.know_segment(entry)
-                    segment.settle(entry)
-                    self._readers.remove_live(entry.uuid)
+                self._settle(entry)
             self.advance(version)
 
     def lost(self, segments: Sequence[str]) -> None:
@@ -236,7 +237,18 @@ class LiveTrajectories:
         with self._lock:
             if version.number > self._version.number:
                 self._version = version
-                self._schema = version.snapshot.schema.extended_by(self._schema)
+                committed = version.snapshot.schema
+                try:
+                    self._schema = committed.extended_by(self._schema) if self._segments else committed
+                except SchemaConflictError:  # others have cleared the store: what waits will not be committed
+                    self._schema = committed
+
+    def _settle(self, entry: SegmentEntry) -> None:
+        segment = self._segments.pop(entry.uuid, None)
+        if segment is not None:
+            self._growth.know_segment(entry)
+            segment.settle(entry)
+            self._readers.remove_live(entry.uuid)
 
     def _reserve(self, schema: Schema, page_rows: Mapping[str, int]) -> None:
         groups: dict[str, list[Column]] = {}
@@ -244,9 +256,9 @@ class LiveTrajectories:
             if not column.is_variable and group_name(column) in page_rows:
                 groups.setdefault(group_name(column), []).append(column)
         # How much will come is not known: equally many rows for all.
-        rows = self._cache.nbytes // max(sum(c.row_bytes for columns in groups.values() for c in columns), 1)
+        rows = self.cache.nbytes // max(sum(c.row_bytes for columns in groups.values() for c in columns), 1)
         needs: dict[str, Any] = {name: Need(tuple(columns), 1, rows) for name, columns in groups.items()}
         before = self._reservation
-        self._reservation = self._cache.reserve(needs, np.empty(0, np.int64), schema, page_rows=page_rows)
+        self._reservation = self.cache.reserve(needs, np.empty(0, np.int64), schema, page_rows=page_rows)
         if before is not None:
             before.release()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +39,9 @@ class TrajectoryTable:
         for entry, manifest in zip(entries, history.read_manifests(entries, INDEX_FIELDS), strict=True):
             table = live_rows(entry, manifest.table.select(INDEX_FIELDS))
             arrays = {name: table[name].to_numpy() for name in INDEX_FIELDS}
+            if entry.deleted:  # of some segments, nothing may be left
+                used, arrays["segment"] = np.unique(arrays["segment"], return_inverse=True)
+                manifest = replace(manifest, segments=tuple(manifest.segments[n] for n in used.tolist()))
             arrays["segment"] = arrays["segment"].astype(np.int32) + np.int32(len(self.segments))
             self.segments += manifest.segments
             parts.append(arrays)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trajstore.errors import CommitError, IndexRangeError
+from trajstore.errors import CommitError, IndexRangeError, StoreExistsError
 from trajstore.format.manifest import Manifest, live_mask, live_rows
 from trajstore.format.snapshot import Base, ManifestEntry, Snapshot, Totals
 from trajstore.schema import Schema
@@ -62,6 +62,7 @@ class Append:
         operation: What ``versions`` calls it.
         bases: All bases that the numbers in the manifests mean; empty if all segments are this store's own.
         instead: Whether they take the place of all trajectories that were there.
+        first: Whether they must be the store's first version.
     """
 
     schema: Schema
@@ -70,6 +71,7 @@ class Append:
     operation: str = "append"
     bases: tuple[Base, ...] = ()
     instead: bool = False
+    first: bool = False
 
     @property
     def merges(self) -> bool:
@@ -82,7 +84,10 @@ class Append:
         Raises:
             SchemaConflictError: Another writer gave the store a schema that this change does not fit.
             CommitError: Another writer gave the store other bases.
+            StoreExistsError: Another writer was first.
         """
+        if self.first and parent.version:
+            raise StoreExistsError("another writer made a store there meanwhile; choose another place, or replace it")
         manifests = () if self.instead else parent.manifests
         if merged is not None and merged.fits(manifests):
             after = merged.first + len(merged.replaces)
@@ -130,8 +135,8 @@ class Delete:
         """
         entries: list[ManifestEntry] = []
         found = 0
-        for entry in parent.manifests:
-            (manifest,) = read([entry], ["id", "length"])
+        manifests = read(parent.manifests, ["id", "length"])
+        for entry, manifest in zip(parent.manifests, manifests, strict=True):
             rows = live_rows(replace(entry, deleted=()), manifest.table.select(["id", "length"]))
             live = live_mask(entry)
             gone = np.isin(rows["id"].to_numpy(), self.ids) & live

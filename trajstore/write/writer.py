@@ -7,16 +7,16 @@ next call. One thread commits; encoding runs in all workers; the caller of ``app
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trajstore.edit.reclaim import reclaim
 from trajstore.errors import (
     ClosedError,
     ForkedError,
@@ -292,12 +292,14 @@ class Writer:
                 self._adopt(version)
         return version
 
-    def reclaim(self) -> int:
-        """Give back what the latest version does not need; bytes. Meanwhile nothing that was appended is committed."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block no batch is stored or committed; appending goes on."""
         with self._storing:
-            return reclaim(self._filesystem, self._history, self._head.number, in_progress=self._segments_in_progress)
+            yield
 
-    def _segments_in_progress(self) -> set[str]:
+    def segments_in_progress(self) -> set[str]:
+        """Segments that are being written."""
         with self._condition:
             batches = [self._open, *self._queue]
             return {b.uuid for b in (*self._streaming, *(b for batch in batches for b in batch.builders))}
