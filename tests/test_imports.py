@@ -11,7 +11,7 @@ PACKAGE = Path(trajstore.__file__).parent
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    {"errors", "schema", "stored", "values"},
+    {"errors", "schema", "stored", "values", "progress"},
     {"format"},
     {"storage"},
     {"read", "write"},

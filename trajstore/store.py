@@ -280,7 +280,9 @@ class Store:
         if self._writer is not None:
             cache = self._access.cache_for(self._writer.schema)
             if self._live is None or self._live.cache is not cache:
-                live = LiveTrajectories(self._table_of, self._writer.head, cache, self._access.readers)
+                # Not a method of this handle, which would then never be collected.
+                table_of = functools.partial(self._access.table, self._history)
+                live = LiveTrajectories(table_of, self._writer.head, cache, self._access.readers)
                 self._writer.follow(live)
                 self._live = live
             elif self._writer.hides:  # there was no memory to keep all of it in
@@ -436,9 +438,7 @@ class Store:
         version = writer.commit(Delete(np.unique(chosen.astype(np.int64))))
         if reclaim:
             with writer.paused():
-                reclaim_bytes(
-                    self._filesystem, self._history, version.number, in_progress=writer.segments_in_progress
-                )
+                reclaim_bytes(self._filesystem, self._history, version.number, in_progress=writer.segments_in_progress)
         return version.number
 
     def declare(self, schema: Schema | Iterable[Column]) -> None:

@@ -195,7 +195,7 @@ class View(Sampled, Sequence["Trajectory"]):
         share: Share = "link",
         replace: bool = False,
         storage_options: Mapping[str, Any] | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> int:
         """Make a store of these trajectories, without decoding a step.
 
@@ -206,7 +206,7 @@ class View(Sampled, Sequence["Trajectory"]):
                 where they are, which must stay.
             replace: Of a store that is there, make a new version that holds these trajectories only.
             storage_options: For that place.
-            progress: Show bytes copied on standard error.
+            progress: Show bytes copied on standard error; by default in a terminal, if there are many.
 
         Returns:
             Its version.

@@ -62,9 +62,9 @@ def test_a_save_leaves_nothing_of_one_that_was_cut_short(tmp_path: Path) -> None
     ring.save(tmp_path / "ring")
     once = nbytes_in(tmp_path / "ring")
     with trajstore.open(tmp_path / "ring", "a") as store:
-        for _ in range(5):
+        for part in range(5):
             fields = {"ring_save": 2, "ring_capacity": 1000, "ring_size": 1000, "ring_pointer": 0, "ring_first": 0}
-            store.append(rows(0, 900), metadata=fields)
+            store.append(rows(900 * part, 900), metadata=fields)
     assert nbytes_in(tmp_path / "ring") > 3 * once
     ring.save(tmp_path / "ring")
     assert nbytes_in(tmp_path / "ring") < 1.5 * once

@@ -16,7 +16,8 @@ from tensordict import NonTensorData, TensorDict
 
 import trajstore
 from tests.buffers.test_ring import ListRing
-from trajstore.buffers import metadata_file, objectrl, stored_ring
+from trajstore.buffers import objectrl, stored_ring
+from trajstore.storage import single_file
 from trajstore.buffers.objectrl import ReplayBuffer
 from trajstore.buffers.ring_store import RingStore
 from trajstore.buffers.stored_ring import StoredRing
@@ -456,7 +457,7 @@ def test_a_save_that_fails_leaves_a_whole_state(buffer, tmp_path, monkeypatch, w
     buffer.save(tmp_path / "checkpoint")
     buffer.add(transition(7))
 
-    def fail(*_):
+    def fail(*_, **__):
         raise KeyboardInterrupt
 
     if where == "rows":
@@ -479,18 +480,18 @@ def test_a_save_that_fails_leaves_a_whole_state(buffer, tmp_path, monkeypatch, w
 
 def test_the_file_is_replaced_whole(tmp_path, monkeypatch):
     path = str(tmp_path / "numbers")
-    metadata_file.replace_file(path, b"old")
+    single_file.replace_file(path, b"old")
 
     def fail(*_):
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
-        metadata_file.replace_file(path, b"new")
+        single_file.replace_file(path, b"new")
     monkeypatch.undo()
-    assert metadata_file.read_file(path) == b"old"
-    metadata_file.replace_file(path, b"new")
-    assert metadata_file.read_file(path) == b"new"
+    assert single_file.read_file(path) == b"old"
+    single_file.replace_file(path, b"new")
+    assert single_file.read_file(path) == b"new"
 
 
 def test_save_and_load_under_a_url(buffer):
@@ -557,8 +558,40 @@ def test_a_store_of_something_else_is_refused(tmp_path):
         with pytest.raises(SchemaConflictError, match="'reward'"):
             other.load(tmp_path / "saved")
         assert len(other) == 1
-    with pytest.raises(SelectionError, match="storage_options"):
-        ReplayBuffer("cpu", "cpu", 10, storage_options={"key": "x"})
+
+
+def test_two_places_are_refused(tmp_path):
+    with pytest.raises(SelectionError, match="both say where"):
+        ReplayBuffer("cpu", f"disk:{tmp_path / 'a'}", 10, url=tmp_path / "b")
+
+
+def test_a_damaged_save_leaves_a_buffer_on_disk_as_it_was(tmp_path):
+    with ReplayBuffer("cpu", "cpu", 40) as memory:
+        filled(memory, 30)
+        memory.save(tmp_path / "saved")
+    for path in (tmp_path / "saved.store" / "segments").rglob("*"):
+        if path.name.startswith("c.") or path.name == "steps.arrow":
+            data = bytearray(path.read_bytes())
+            data[len(data) // 3] ^= 1
+            path.write_bytes(data)
+    with ReplayBuffer("cpu", "cpu", 40, url=tmp_path / "live") as buffer:
+        model = filled(buffer, 25)
+        buffer.flush()
+        with pytest.raises(CorruptionError):
+            buffer.load(tmp_path / "saved")
+        assert_holds(buffer, model)
+    with ReplayBuffer("cpu", "cpu", 40, url=tmp_path / "live") as buffer:
+        assert_holds(buffer, model)
+
+
+def test_numbers_without_experience_outlive_a_save(tmp_path):
+    torch.save({"buffer_size": 100, "data_size": 70, "pointer": 70}, tmp_path / "theirs.metadata")
+    buffer = ReplayBuffer("cpu", "cpu", 10)
+    buffer.load(tmp_path / "theirs")
+    buffer.save(tmp_path / "ours")
+    again = ReplayBuffer("cpu", "cpu", 10)
+    again.load(tmp_path / "ours")
+    assert (again.buffer_size, again.data_size, again.pointer) == (100, 70, 70)
 
 
 def test_without_tensordict(monkeypatch):

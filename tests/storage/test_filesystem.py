@@ -25,7 +25,7 @@ from trajstore.errors import (
 )
 from trajstore.storage import local
 from trajstore.storage.connect import connect
-from trajstore.storage.filesystem import ByteRange, Filesystem, ReadRun
+from trajstore.storage.filesystem import ByteRange, Filesystem, ObjectInfo, ReadRun
 from trajstore.storage.local import LocalFilesystem
 from trajstore.storage.remote import RemoteFilesystem
 
@@ -132,6 +132,107 @@ class FilesystemConformance:
         assert {(i.key, i.nbytes) for i in filesystem.list_objects("a")} == {("a/1", 1), ("a/b/2", 2)}
         assert {i.key for i in filesystem.list_objects("")} == {"a/1", "a/b/2", "ab/3", "4"}
         assert list(filesystem.list_objects("none")) == []
+
+    def test_what_is_removed_is_gone_and_nothing_else(self, filesystem: Filesystem) -> None:
+        names = ["a/1", "a/b/2", "a/b/3", "a/c/4", "d/5", "6"]
+        filesystem.store({name: [name.encode()] for name in names})
+        assert bytes(filesystem.read_runs([ReadRun("a/b/2", 0, 3, ())])[0]) == b"a/b"
+        filesystem.remove(["a/b/2", "a/c/4", "6"])
+        assert {i.key for i in filesystem.list_objects("")} == {"a/1", "a/b/3", "d/5"}
+        assert filesystem.read_many(names) == [b"a/1", None, b"a/b/3", None, b"d/5", None]
+        with pytest.raises(MissingObjectError, match="a/b/2"):
+            filesystem.read_runs([ReadRun("a/b/2", 0, 3, ())])
+        filesystem.store({"a/b/2": [b"again"], "a/c/4": [b"too"]})  # the name can be used again, and its folder
+        assert filesystem.read_many(["a/b/2", "a/c/4"]) == [b"again", b"too"]
+        assert bytes(filesystem.read_runs([ReadRun("a/b/2", 0, 5, ())])[0]) == b"again"
+
+    def test_removing_what_is_not_there_is_no_error_and_the_rest_goes(self, filesystem: Filesystem) -> None:
+        filesystem.store({"a/1": [b"1"], "a/2": [b"2"], "b/3": [b"3"]})
+        filesystem.remove([])
+        filesystem.remove(["gone", "a/1", "a/gone", "nowhere/at/all", "b/3"])
+        assert {i.key for i in filesystem.list_objects("")} == {"a/2"}
+        filesystem.remove(["a/1"])
+        filesystem.remove(["a/2"])
+        filesystem.remove(["a/2"])
+        assert list(filesystem.list_objects("")) == []
+
+    def test_many_objects_are_removed(self, filesystem: Filesystem) -> None:
+        filesystem.store({f"many/{n % 10}/{n}": [b"x"] for n in range(120)})
+        filesystem.remove([f"many/{n % 10}/{n}" for n in range(120) if n != 77])
+        assert {i.key for i in filesystem.list_objects("")} == {"many/7/77"}
+
+    def test_objects_are_copied_from_a_filesystem_of_any_kind(self, filesystem: Filesystem, tmp_path: Path) -> None:
+        content = {"s/a/1": b"one", "s/a/deep/er/2": os.urandom(3000), "s/b/3": b"", "s/b/not-asked": b"x"}
+        disk = LocalFilesystem(str(tmp_path / "origin"))
+        memory = connect(f"memory://copied-{uuid.uuid4().hex}")
+        for number, source in enumerate((disk, memory, faulty_bucket({}, Faults()))):
+            source.store({key: [data] for key, data in content.items()})
+            asked = [info for info in source.list_objects("s") if not info.key.endswith("not-asked")]
+            names = {info.key: f"copy-{number}/{info.key}" for info in asked}
+            done: list[str] = []
+            written = filesystem.copy_from(source, asked, names=names, done=lambda info, d=done: d.append(info.key))
+            linked = isinstance(filesystem, LocalFilesystem) and source is disk
+            assert written == (0 if linked else sum(info.nbytes for info in asked))
+            assert sorted(done) == sorted(names)
+            assert filesystem.read_many([names[i.key] for i in asked]) == [content[i.key] for i in asked]
+            assert {i.key for i in filesystem.list_objects(f"copy-{number}")} == set(names.values())
+            assert filesystem.copy_from(source, [], names=names) == 0
+        disk.close()
+        fsspec.filesystem("memory").rm(memory.root, recursive=True)  # type: ignore[attr-defined]
+
+    def test_objects_are_copied_within_one_storage(self, filesystem: Filesystem) -> None:
+        content = {f"s/{n}": os.urandom(n) for n in range(70)}
+        filesystem.store({key: [data] for key, data in content.items()})
+        infos = list(filesystem.list_objects("s"))
+        names = {info.key: f"t/{info.key}" for info in infos}
+        filesystem.copy_from(filesystem, infos, names=names)
+        assert filesystem.read_many([names[k] for k in content]) == list(content.values())
+        filesystem.copy_from(filesystem, infos, names={k: f"u/{k}" for k in content}, link=False)
+        filesystem.remove([*content, *names.values()])
+        assert filesystem.read_many([f"u/{k}" for k in content]) == list(content.values())
+
+    def test_what_is_there_already_is_not_copied_again(self, filesystem: Filesystem, tmp_path: Path) -> None:
+        source = connect(f"memory://copied-{uuid.uuid4().hex}")
+        source.store({"s/1": [b"one"], "s/2": [b"two!"], "s/3": [b"three"]})
+        filesystem.store({"s/1": [b"one"], "s/3": [b"th"]})  # whole, and cut short
+        done: list[str] = []
+        written = filesystem.copy_from(source, list(source.list_objects("s")), done=lambda info: done.append(info.key))
+        assert written == len(b"two!") + len(b"three")
+        assert sorted(done) == ["s/1", "s/2", "s/3"]
+        assert filesystem.read_many(["s/1", "s/2", "s/3"]) == [b"one", b"two!", b"three"]
+        fsspec.filesystem("memory").rm(source.root, recursive=True)  # type: ignore[attr-defined]
+
+    def test_an_object_that_is_not_there_cannot_be_copied_and_its_store_is_named(
+        self, filesystem: Filesystem, tmp_path: Path
+    ) -> None:
+        disk = LocalFilesystem(str(tmp_path / "origin"))
+        memory = connect(f"memory://copied-{uuid.uuid4().hex}")
+        for source in (disk, memory):
+            source.store({"s/1": [b"1"]})
+            asked = [*source.list_objects("s"), ObjectInfo("s/gone", 5)]
+            for link in (True, False):
+                with pytest.raises(MissingObjectError, match=f"s/gone in {source.description}"):
+                    filesystem.copy_from(source, asked, link=link)
+                assert filesystem.read("s/gone") is None
+        disk.close()
+        fsspec.filesystem("memory").rm(memory.root, recursive=True)  # type: ignore[attr-defined]
+
+    def test_a_source_that_changes_under_the_copy_is_noticed(self, filesystem: Filesystem) -> None:
+        source = connect(f"memory://copied-{uuid.uuid4().hex}")
+        source.store({"s/1": [b"short"]})
+        with pytest.raises(CorruptionError, match="s/1"):
+            filesystem.copy_from(source, [ObjectInfo("s/1", 50)])
+        assert filesystem.read("s/1") is None
+        fsspec.filesystem("memory").rm(source.root, recursive=True)  # type: ignore[attr-defined]
+
+    def test_large_objects_are_copied_in_pieces(self, filesystem: Filesystem, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(filesystem, "stream_threshold_bytes", 1000)
+        data = os.urandom(17 * 1024 * 1024)  # more than one piece
+        source = connect(f"memory://copied-{uuid.uuid4().hex}")
+        source.store({"s/1": [data]})
+        assert filesystem.copy_from(source, list(source.list_objects("s"))) == len(data)
+        assert filesystem.read("s/1") == data
+        fsspec.filesystem("memory").rm(source.root, recursive=True)  # type: ignore[attr-defined]
 
     def test_what_clients_raise_is_translated(self, filesystem: Filesystem) -> None:
         for raised, expected in (
@@ -245,6 +346,63 @@ class TestLocalFilesystem(FilesystemConformance):
         with pytest.raises(StorageError, match="a in"):
             filesystem.store({"a": [b"2"]})
         assert filesystem.read("a") == b"1"
+
+    def test_links_share_the_file_and_copies_do_not(self, filesystem: LocalFilesystem, tmp_path: Path) -> None:
+        source = LocalFilesystem(str(tmp_path / "origin"))
+        source.store({"s/1": [b"one"]})
+        infos = list(source.list_objects("s"))
+        assert filesystem.copy_from(source, infos) == 0
+        assert filesystem.copy_from(source, infos, link=False, names={"s/1": "t/1"}) == 3
+        nodes = {os.stat(path).st_ino for path in (f"{source.root}/s/1", f"{filesystem.root}/s/1")}
+        assert len(nodes) == 1
+        assert os.stat(f"{filesystem.root}/t/1").st_ino not in nodes
+        filesystem.remove(["s/1"])
+        assert source.read("s/1") == b"one"
+
+    @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP])
+    def test_where_no_link_is_possible_it_copies(
+        self, filesystem: LocalFilesystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        def refused(source: str, target: str) -> None:
+            raise OSError(code, os.strerror(code))
+
+        source = LocalFilesystem(str(tmp_path / "origin"))
+        source.store({"s/1": [b"one"]})
+        monkeypatch.setattr(filesystem, "_link", refused)
+        assert filesystem.copy_from(source, list(source.list_objects("s"))) == 3
+        assert filesystem.read("s/1") == b"one"
+
+    def test_a_copy_that_fails_leaves_no_half_of_it(
+        self, filesystem: LocalFilesystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = LocalFilesystem(str(tmp_path / "origin"))
+        source.store({"s/1": [b"one"]})
+
+        def full(descriptor: int, name: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(filesystem, "_fsync_file", full)
+        with pytest.raises(StorageError, match="free space"):
+            filesystem.copy_from(source, list(source.list_objects("s")), link=False)
+        assert list(filesystem.list_objects("")) == []
+
+    def test_folders_that_are_left_empty_go_and_the_store_s_own_stay(self, filesystem: LocalFilesystem) -> None:
+        filesystem.store({"segments/1/deep/down/x": [b"1"], "segments/2/y": [b"2"], "manifests/z": [b"3"]})
+        filesystem.remove(["segments/1/deep/down/x", "segments/2/y", "manifests/z"])
+        assert sorted(os.listdir(filesystem.root)) == ["manifests", "segments"]
+        assert os.listdir(f"{filesystem.root}/segments") == []
+
+    def test_a_file_that_cannot_be_removed_is_an_error(
+        self, filesystem: LocalFilesystem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refused(path: str) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        filesystem.store({"a/1": [b"1"]})
+        monkeypatch.setattr(filesystem, "_unlink", refused)
+        with pytest.raises(StoragePermissionError, match="a/1"):
+            filesystem.remove(["a/1"])
+        assert filesystem.read("a/1") == b"1"
 
     def test_a_stream_of_another_filesystem_is_refused(self, filesystem: LocalFilesystem) -> None:
         stream = faulty_bucket({}, Faults()).stream("x")

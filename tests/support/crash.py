@@ -134,10 +134,10 @@ class KillingFilesystem(LocalFilesystem):
 
     _in_hint = False
 
-    def overwrite(self, key: str, data: bytes) -> None:
+    def overwrite(self, key: str, data: bytes, *, durable: bool = False) -> None:
         self._in_hint = True
         try:
-            super().overwrite(key, data)
+            super().overwrite(key, data, durable=durable)
         finally:
             self._in_hint = False
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trajstore.buffers.metadata_file import read_file, replace_file
 from trajstore.buffers.ring import Ring
 from trajstore.buffers.ring_store import RingStore
 from trajstore.buffers.stored_ring import StoredRing
 from trajstore.errors import ColumnShapeError, ColumnTypeError, CorruptionError, EmptyBufferError, SelectionError
 from trajstore.schema import nest
+from trajstore.storage.single_file import read_file, replace_file
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -45,7 +45,7 @@ class ReplayBuffer:
         print_gc_warning: Accepted, and without effect: nothing here waits for the garbage collector.
         url: Keep transitions in a store at this URL, or go on with those that are there; whatever ``trajstore.open`` takes.
             They are durable after ``flush``.
-        storage_options: For ``url``, as for ``trajstore.open``.
+        storage_options: For ``url``, and for what ``save`` and ``load`` are given, where these are URLs.
 
     Raises:
         ImportError: The package tensordict is missing; says what to install.
@@ -78,16 +78,18 @@ class ReplayBuffer:
                 "'trajstore[tensordict]'"
             ) from error
         self._make: Callable[..., TensorDict] = TensorDict
+        self._storage_options = storage_options
         self.device = torch.device(device)
-        if url is None and isinstance(storing_device, str) and storing_device.startswith(_DISK):
-            url = storing_device.removeprefix(_DISK)
+        on_disk = isinstance(storing_device, str) and storing_device.startswith(_DISK)
+        if on_disk and url is not None:
+            raise SelectionError(
+                f"storing_device={storing_device!r} and url={os.fspath(url)!r} both say where; give one"
+            )
+        if on_disk:
+            url = str(storing_device).removeprefix(_DISK)
         self.storing_device: torch.device | str
         self._ring: Ring | StoredRing
         if url is None:
-            if storage_options is not None:
-                raise SelectionError(
-                    "storage_options= without url= means nothing; leave it out, or say where the store is"
-                )
             self.storing_device = torch.device(storing_device)
             self._ring = Ring(buffer_size, device=self.storing_device)
         else:
@@ -286,6 +288,7 @@ class ReplayBuffer:
             path: Local, or a URL.
         """
         base = os.fspath(path)
+        options = self._storage_options if "://" in base else None
         numbers: dict[str, int] = {
             "buffer_size": self.buffer_size,
             "data_size": self.data_size,
@@ -293,11 +296,13 @@ class ReplayBuffer:
             "experience": 0,
         }
         if not len(self._ring.schema):
-            replace_file(f"{base}.metadata", _pickled(numbers))
+            if self._numbers:
+                del numbers["experience"]  # they still come from a file of ObjectRL's own
+            replace_file(f"{base}.metadata", _pickled(numbers), storage_options=options)
             return
-        with RingStore(f"{base}.store", "a") as store:
+        with RingStore(f"{base}.store", "a", storage_options=options) as store:
             numbers["experience"] = self._ring.write_to(store)
-            replace_file(f"{base}.metadata", _pickled(numbers))
+            replace_file(f"{base}.metadata", _pickled(numbers), storage_options=options)
             store.prune(numbers["experience"])
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -313,7 +318,8 @@ class ReplayBuffer:
         """
         base = os.fspath(path)
         name = f"{base}.metadata"
-        numbers = _unpickled(read_file(name), name)
+        options = self._storage_options if "://" in base else None
+        numbers = _unpickled(read_file(name, storage_options=options), name)
         capacity, size, pointer = (numbers[key] for key in _METADATA_KEYS)
         experience = numbers.get("experience")
         if experience is None:
@@ -321,7 +327,7 @@ class ReplayBuffer:
         elif not experience:
             self.reset(capacity)
         else:
-            with RingStore(f"{base}.store") as store:
+            with RingStore(f"{base}.store", storage_options=options) as store:
                 if isinstance(self._ring, StoredRing):
                     self._ring.read_from(store, experience)
                 else:

@@ -226,7 +226,8 @@ class StoredRing:
 
         Raises:
             SelectionError: The store holds no such save.
-            SchemaConflictError: Its columns are not those of this ring. In both cases the ring is as it was.
+            SchemaConflictError: Its columns are not those of this ring.
+            CorruptionError: It is damaged. In each case the ring is as it was.
         """
         saved = store.find(save)
         found = RowFormat(saved.schema)
@@ -235,11 +236,13 @@ class StoredRing:
                 f"the ring at {store.url} has the columns {found}; the one at {self.url} has {RowFormat(self.schema)}; load "
                 "it into a new one"
             )
+        full = saved.state.size == saved.state.capacity
+        oldest = saved.state.pointer if full else 0
+        for _ in _in_order_of_age(saved, oldest):
+            pass  # a damaged save raises here, before anything of this ring is gone
         self.clear(saved.state.capacity)
         if self._tail is None:
             self._begin(found)
-        full = saved.state.size == saved.state.capacity
-        oldest = saved.state.pointer if full else 0
         self._origin -= oldest
         for chunk in _in_order_of_age(saved, oldest):
             self.add(chunk, keep_last=True)

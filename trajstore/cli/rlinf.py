@@ -8,6 +8,7 @@ import typer
 
 import trajstore
 from trajstore.buffers.rlinf import export_files, import_directories, merge_or_split
+from trajstore.buffers.rlinf.holding import options_for
 from trajstore.cli.common import StorageOption, parse_options
 from trajstore.console import out
 
@@ -86,13 +87,13 @@ def export_command(
     Example: trajstore rlinf export runs/replay logs/replay_buffer
     """
     given = parse_options(storage_option)
-    with trajstore.open(url, storage_options=given) as store:
+    with trajstore.open(url, storage_options=options_for(url, given)) as store:
         metadata = export_files(
             store.trajectories,
             path,
             trajectory_format=trajectory_format,
             overwrite=overwrite,
-            storage_options=given if "://" in path else None,
+            storage_options=options_for(path, given),
             progress=True,
         )
     out.print(f"{metadata.size} trajectories, {metadata.total_samples} samples in [bold]{path}[/bold]", highlight=False)

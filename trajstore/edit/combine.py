@@ -1,8 +1,8 @@
 """A version made of trajectories of other stores: new manifest rows over segments that are shared.
 
 Invariant: every object that the new version names is in place before it is committed, and no step is decoded on the way.
-What fails leaves the target as it was; what it had written already has names that nobody else uses, and the next try uses it
-again.
+What fails leaves the target as it was, or a store without any version where there was none; what it had written already has
+names that nobody else uses, and the next try uses it again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from trajstore.edit.progress import byte_progress
+from trajstore.progress import byte_progress
 from trajstore.errors import MissingObjectError, SchemaConflictError, SelectionError
 from trajstore.format import layout
 from trajstore.format.manifest import Manifest, SegmentEntry, encode_manifest, manifest_entry, table_schema
@@ -23,7 +23,7 @@ from trajstore.format.snapshot import Base, ManifestEntry
 from trajstore.read.bases import Bases, reference
 from trajstore.read.selection import Selection
 from trajstore.schema import Schema
-from trajstore.storage.attach import check_absent, open_or_create
+from trajstore.storage.attach import find_existing, open_or_create, taken
 from trajstore.storage.changes import Append
 from trajstore.storage.commit import EMPTY_VERSION, History, Version
 from trajstore.storage.filesystem import Filesystem, ObjectInfo
@@ -81,7 +81,7 @@ def combine(
     fields: Mapping[str, tuple[str, Array]] | None = None,
     instead: bool = False,
     operation: str = "merge",
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Combined:
     """Commit trajectories of several stores as one version of another.
 
@@ -92,18 +92,20 @@ def combine(
             bucket, else copied here. ``"copy"``: bytes of its own. ``"reference"``: the segments stay where they are.
         order: ``(n,)`` int64 positions among all trajectories; by default as they come.
         fields: Metadata fields to set: name -> type and ``(n,)`` values, one for each position before ordering.
-        instead: Whether the new version holds these trajectories only; otherwise there must be no store yet.
+        instead: Whether the new version holds these trajectories only; otherwise there must be no version yet.
         operation: What ``versions`` calls it.
-        progress: Show bytes copied on standard error.
+        progress: Show bytes copied on standard error; by default in a terminal, if there are many.
 
     Raises:
         SchemaConflictError: Sources whose columns or fields differ.
         SelectionError: Trajectories that are not committed, or none at all.
         StoreExistsError: A store is there, and ``instead`` is false.
+        MissingObjectError: A segment is not where it should be.
     """
     history = History(target)
-    if not instead:
-        check_absent(target)
+    known = find_existing(target, history)
+    if known is not None and known[1].number and not instead:
+        raise taken(target)
     _check_committed(sources)
     schema = union_schema([source.selection.schema for source in sources], fields or {})
     owners: dict[str, _Owner] = {}
@@ -112,8 +114,8 @@ def combine(
     rows = _rows(sources, np.concatenate(numbers) if numbers else np.empty(0, np.int64), schema, fields or {})
     if order is not None:
         rows = rows.take(pa.array(order))
-    known = open_or_create(target, history, must_be_new=False) if instead else None
     target_uuid, head = known or ("", EMPTY_VERSION)
+    objects = _objects_of(owners, entries)
     foreign = {name: owner for name, owner in owners.items() if owner.store_uuid != target_uuid}
     bases = head.snapshot.bases
     written = 0
@@ -124,14 +126,15 @@ def combine(
             url = reference(owner.filesystem.url, seen_from=target.url)
             entries[name] = replace(entries[name], base=places[url, owner.store_uuid])
     else:
-        written += _copy(target, foreign, entries, link=share == "link", known=head.number > 0, progress=progress)
+        lots = [(owner, [o for name in names for o in objects[name]]) for owner, names in _by_owner(foreign)]
+        written += _copy(target, lots, link=share == "link", progress=progress)
     for name in owners.keys() - (foreign.keys() if share == "reference" else set()):
         entries[name] = replace(entries[name], base=None)
     manifests, nbytes = _write_manifests(target, rows, list(entries.values()))
     if known is None:
-        target_uuid, head = open_or_create(target, history, must_be_new=True)
+        target_uuid, head = open_or_create(target, history, must_be_new=not instead)
     stored = sum(entry.nbytes for entry in entries.values())
-    change = Append(schema, manifests, stored, operation=operation, bases=bases, instead=instead)
+    change = Append(schema, manifests, stored, operation=operation, bases=bases, instead=instead, first=not instead)
     version = history.commit(change, head)
     history.write_hint(version.number)
     return Combined(version, written + nbytes)
@@ -225,23 +228,9 @@ def _with_bases(bases: tuple[Base, ...], owners: Any, url: str) -> tuple[Base, .
 
 
 def _copy(
-    target: Filesystem,
-    owners: Mapping[str, _Owner],
-    entries: Mapping[str, SegmentEntry],
-    *,
-    link: bool,
-    known: bool,
-    progress: bool,
+    target: Filesystem, lots: Sequence[tuple[Filesystem, Sequence[ObjectInfo]]], *, link: bool, progress: bool | None
 ) -> int:
-    """Have the objects of segments in the target; bytes written."""
-    here = {o.key: o.nbytes for o in target.list_objects(layout.SEGMENTS)} if known else {}
-    by_owner: dict[int, tuple[Filesystem, list[str]]] = {}
-    for name, owner in owners.items():
-        by_owner.setdefault(id(owner.filesystem), (owner.filesystem, []))[1].append(name)
-    lots = []
-    for filesystem, names in by_owner.values():
-        objects = _objects(filesystem, [entries[name] for name in names])
-        lots.append((filesystem, [o for o in objects if here.get(o.key) != o.nbytes]))
+    """Have objects of other stores in the target; bytes written."""
     total = sum(o.nbytes for _, objects in lots for o in objects)
     with byte_progress("copying", total, shown=progress) as advance:
         return sum(
@@ -250,8 +239,28 @@ def _copy(
         )
 
 
-def _objects(filesystem: Filesystem, segments: Sequence[SegmentEntry]) -> list[ObjectInfo]:
-    """All objects of segments, whose sizes add up to what the manifest says."""
+def _by_owner(owners: Mapping[str, _Owner]) -> list[tuple[Filesystem, list[str]]]:
+    """Segments of each store."""
+    found: dict[int, tuple[Filesystem, list[str]]] = {}
+    for name, owner in owners.items():
+        found.setdefault(id(owner.filesystem), (owner.filesystem, []))[1].append(name)
+    return list(found.values())
+
+
+def _objects_of(owners: Mapping[str, _Owner], entries: Mapping[str, SegmentEntry]) -> dict[str, list[ObjectInfo]]:
+    """The objects of all segments, by segment.
+
+    Raises:
+        MissingObjectError: Some are not there.
+    """
+    found: dict[str, list[ObjectInfo]] = {}
+    for filesystem, names in _by_owner(owners):
+        found.update(_objects(filesystem, [entries[name] for name in names]))
+    return found
+
+
+def _objects(filesystem: Filesystem, segments: Sequence[SegmentEntry]) -> dict[str, list[ObjectInfo]]:
+    """The objects of segments, whose sizes add up to what the manifest says."""
     names = {entry.uuid for entry in segments}
     found: dict[str, list[ObjectInfo]] = {name: [] for name in names}
     prefixes = [layout.SEGMENTS]
@@ -269,7 +278,7 @@ def _objects(filesystem: Filesystem, segments: Sequence[SegmentEntry]) -> list[O
                 f"{layout.segment_folder(entry.uuid)} in {filesystem.description} holds {nbytes} bytes, its manifest says "
                 f"{entry.nbytes}; restore it from a copy"
             )
-    return [info for objects in found.values() for info in objects]
+    return found
 
 
 def _write_manifests(

@@ -18,7 +18,7 @@ from trajstore.feed.cuda import Arrival, DeviceCopier
 from trajstore.feed.gather import REWARDS, Gatherer
 from trajstore.feed.layout import Block, Target, Value
 from trajstore.feed.windows import Windows
-from trajstore.read.buffers import Buffer, BufferPool
+from trajstore.read.buffer_pool import Buffer, BufferPool
 from trajstore.sample.window import NStep, WindowSpec
 from trajstore.stored import Array
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from trajstore.read.buffers import Buffer
+from trajstore.read.buffer_pool import Buffer
 
 _RECEIVED_AHEAD = 8  # lots whose kernels may still be queued when another one is copied
 

@@ -148,6 +148,7 @@ class Following:
         before = self.roster.latest
         if selection.table is before.table or (selection.extends(before) and len(selection) == len(before)):
             return
+        self._gatherer.check_types(selection.schema)
         segments = self._gatherer.number_segments(selection.table)
         change = self.roster.update(selection, segments)
         spec = self._gatherer.spec

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trajstore.errors import CorruptionError
+from trajstore.errors import CorruptionError, SchemaConflictError
 from trajstore.feed.fields import field_dtype, trajectory_values
 from trajstore.feed.layout import Target, Value, torch_dtype
 from trajstore.feed.windows import Lookup, Rows, WindowPlan, Windows
@@ -25,7 +25,7 @@ from trajstore.read.segment import SegmentReaders
 from trajstore.read.selection import Selection
 from trajstore.read.table import TrajectoryTable
 from trajstore.sample.window import Output, WindowSpec
-from trajstore.schema import Column
+from trajstore.schema import Column, Schema
 from trajstore.stored import Array, ragged_values, to_user
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -142,6 +142,13 @@ class Gatherer:
                     mask = torch.from_numpy(outside.reshape(-1)).to(self.device)
                     stored.rows(output, first, first + len(windows))[mask] = 0
         return self._objects(windows, rows, table_rows)
+
+    def check_types(self, schema: Schema) -> None:
+        """Raise ``SchemaConflictError`` if a column has another type than before: the store was cleared meanwhile."""
+        if not self._cache.admits(schema):
+            raise SchemaConflictError(
+                "the store was cleared, and columns of the same name have other types now; make a new loader"
+            )
 
     def number_segments(self, table: TrajectoryTable) -> Array:
         """The cache's numbers of a newer table's segments, ``(segments,)`` int64."""

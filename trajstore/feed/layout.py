@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trajstore.read.buffers import aligned
+from trajstore.read.buffer_pool import aligned
 from trajstore.sample.window import Output
 from trajstore.schema import Column
 from trajstore.stored import Array

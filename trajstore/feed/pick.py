@@ -18,7 +18,7 @@ from trajstore.feed.gather import Gatherer
 from trajstore.feed.pipeline import Supply
 from trajstore.feed.windows import Windows
 from trajstore.read.arena import with_index
-from trajstore.read.buffers import BufferPool
+from trajstore.read.buffer_pool import BufferPool
 from trajstore.sample.columns import resolve_window
 from trajstore.stored import Array
 
@@ -33,6 +33,7 @@ class Picker:
         buffers: Output buffers, shared with other views; for batches in main memory.
 
     Raises:
+        IndexRangeError: A view of no trajectories.
         SelectionError: A column that some trajectories lack, or one that needs a step after the last.
         UnknownColumnError: A name that nothing has.
     """
@@ -46,6 +47,8 @@ class Picker:
         buffers: BufferPool | None = None,
     ) -> None:
         selection = supply.selection
+        if not len(selection):
+            raise IndexRangeError("a view of no trajectories has no step; append some and take the view again")
         spec = resolve_window(selection, window=None, columns=columns)
         self._lengths = selection.lengths
         self._first, self._after = spec.bounds

@@ -1,7 +1,7 @@
 """What the views of one store handle share: page indexes, cache, output buffers, and how another process opens the store.
 
-Invariant: one cache per handle and type of its columns, whose memory is taken when first needed; closing the handle gives it back, and takes seconds
-at most, even if the storage hangs.
+Invariant: one cache per handle and type of its columns, whose memory is taken when first needed; closing the handle gives it
+back, and takes seconds at most, even if the storage hangs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from trajstore.errors import ClosedError, ForkedError, StoreNotFoundError
 from trajstore.read.bases import Bases
-from trajstore.read.buffers import BufferPool
+from trajstore.read.buffer_pool import BufferPool
 from trajstore.read.cache import PageCache
 from trajstore.read.disk_cache import DiskCache
 from trajstore.read.fetch import PageFetcher
@@ -92,6 +92,8 @@ class StoreAccess:
         for entry in table.segments:
             if entry.base is not None:
                 self.readers.place(entry, self.bases.open(version.snapshot.bases[entry.base]))
+            elif self.readers.any_elsewhere:
+                self.readers.place(entry, None)  # an earlier version may have referred to it
         return table
 
     def reopening(self) -> Callable[[int, Array], Any]:

@@ -85,8 +85,12 @@ class Bases:
             raise UntrustedBaseError(f"{self._url} refers to the chained URL {url!r}, which is never opened")
         parent = parent_of(self._url)
         if url.startswith("../"):
+            if parent is None:
+                raise UntrustedBaseError(
+                    f"{self._url} refers to {url!r}, and has no parent folder; put the store into a folder"
+                )
             below = url.removeprefix("../")
-            if posixpath.normpath(below) != below or below.startswith(("..", "/")):
+            if posixpath.normpath(below) != below or below.startswith(("..", "/")) or below == ".":
                 raise UntrustedBaseError(f"{self._url} refers to {url!r}, which leaves its parent folder")
             return f"{parent}/{below}", self._options
         if _is_under(url, parent):
@@ -101,13 +105,14 @@ class Bases:
         )
 
 
-def parent_of(url: str) -> str:
-    """The folder that a store is in.
+def parent_of(url: str) -> str | None:
+    """The folder that a store is in; None for a whole bucket, whose neighbours are other people's, or inside an archive.
 
-    >>> parent_of("s3://bucket/runs/a"), parent_of("/data/a/")
-    ('s3://bucket/runs', '/data')
+    >>> parent_of("s3://bucket/runs/a"), parent_of("/data/a/"), parent_of("s3://bucket")
+    ('s3://bucket/runs', '/data', None)
     """
-    return url.rstrip("/").rpartition("/")[0]
+    parent = url.rstrip("/").rpartition("/")[0]
+    return None if parent.endswith(":/") or "::" in url else parent
 
 
 def reference(to: str, *, seen_from: str) -> str:
@@ -122,6 +127,6 @@ def reference(to: str, *, seen_from: str) -> str:
     return "../" + to.rstrip("/")[len(parent) + 1 :] if parent and _is_under(to.rstrip("/"), parent) else to
 
 
-def _is_under(url: str, prefix: str) -> bool:
+def _is_under(url: str, prefix: str | None) -> bool:
     parts: Sequence[str] = url.split("/")
-    return bool(prefix) and ".." not in parts and (url == prefix or url.startswith(prefix + "/"))
+    return prefix is not None and prefix != "" and ".." not in parts and (url == prefix or url.startswith(prefix + "/"))

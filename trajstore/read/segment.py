@@ -318,9 +318,20 @@ class SegmentReaders:
         self._live: dict[str, Any] = {}
         self._elsewhere: dict[str, Filesystem] = {}  # of segments that lie in other stores
 
-    def place(self, entry: SegmentEntry, filesystem: Filesystem) -> None:
-        """Say that a segment lies in another store."""
-        self._elsewhere[entry.uuid] = filesystem
+    @property
+    def any_elsewhere(self) -> bool:
+        """Whether some segment lies in another store."""
+        return bool(self._elsewhere)
+
+    def place(self, entry: SegmentEntry, filesystem: Filesystem | None) -> None:
+        """Say in which other store a segment lies; None for this one."""
+        with self._lock:
+            if self._elsewhere.get(entry.uuid) is filesystem:
+                return
+            self._readers.pop(entry.uuid, None)
+            self._elsewhere.pop(entry.uuid, None)
+            if filesystem is not None:
+                self._elsewhere[entry.uuid] = filesystem
 
     def open(self, entry: SegmentEntry, schema: Schema) -> SegmentReader:
         """The reader of a segment; its page index is read once."""

@@ -38,10 +38,12 @@ def open_existing(filesystem: Filesystem, history: History, version: int | None)
     return store.store_uuid, history.latest(history.parse_hint(hint))
 
 
-def check_absent(filesystem: Filesystem) -> None:
-    """Raise ``StoreExistsError`` if a store is there."""
-    if filesystem.read(layout.STORE_DOCUMENT) is not None:
-        raise _taken(filesystem)
+def find_existing(filesystem: Filesystem, history: History) -> tuple[str, Version] | None:
+    """Identity and latest version of the store that is there, or None."""
+    try:
+        return open_existing(filesystem, history, None)
+    except StoreNotFoundError:
+        return None
 
 
 def open_or_create(filesystem: Filesystem, history: History, *, must_be_new: bool) -> tuple[str, Version]:
@@ -52,20 +54,20 @@ def open_or_create(filesystem: Filesystem, history: History, *, must_be_new: boo
         UnsupportedStorageError: A storage that cannot create an object atomically.
     """
     if not must_be_new:
-        try:
-            return open_existing(filesystem, history, None)
-        except StoreNotFoundError:
-            pass  # made below; if somebody else is faster, theirs is opened
+        found = find_existing(filesystem, history)
+        if found is not None:
+            return found  # else it is made below; if somebody else is faster, theirs is opened
     _check_creation_is_atomic(filesystem)
     store = StoreDocument(uuid.uuid4().hex)
     if filesystem.create(layout.STORE_DOCUMENT, store.to_bytes()):
         return store.store_uuid, EMPTY_VERSION
     if must_be_new:
-        raise _taken(filesystem)
+        raise taken(filesystem)
     return open_existing(filesystem, history, None)
 
 
-def _taken(filesystem: Filesystem) -> StoreExistsError:
+def taken(filesystem: Filesystem) -> StoreExistsError:
+    """The error that says so."""
     return StoreExistsError(
         f"a store is already at {filesystem.description}; open it with mode='a', or choose another place"
     )

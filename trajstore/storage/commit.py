@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from trajstore.errors import (
     CommitError,
+    IndexRangeError,
     MissingObjectError,
     StorageError,
     TrajstoreError,
@@ -158,8 +159,15 @@ class History:
         deadline = time.monotonic() + self._commit_timeout_s
         lost = 0
         while True:
+            try:
+                changed = change.apply(head.snapshot, merged, self.read_manifests)
+            except IndexRangeError:  # what is not there may have come since
+                known, head = head, self.latest(head.number)
+                if head.number == known.number:
+                    raise
+                continue
             snapshot = replace(
-                change.apply(head.snapshot, merged, self.read_manifests),
+                changed,
                 version=head.number + 1,
                 commit_id=commit_id,
                 parent_sha256=head.sha256,

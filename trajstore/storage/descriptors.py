@@ -55,6 +55,11 @@ class OpenFiles:
                 self._files.popitem(last=False)
         return file
 
+    def forget(self, path: str) -> None:
+        """A file was removed: its bytes are free once nobody reads it."""
+        with self._lock:
+            self._files.pop(path, None)
+
     def close(self) -> None:
         """Close what nobody is reading. May be called twice."""
         with self._lock:

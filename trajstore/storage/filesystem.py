@@ -117,8 +117,14 @@ class Filesystem(ABC):
         """
 
     @abstractmethod
-    def overwrite(self, key: str, data: bytes) -> None:
-        """Replace a small object that nothing depends on."""
+    def overwrite(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        """Replace a small object: whoever reads it sees its former bytes or the new ones, never a mixture.
+
+        Args:
+            key: Of the object.
+            data: The new bytes.
+            durable: Return only when they would outlive a power loss; otherwise nothing depends on them.
+        """
 
     @abstractmethod
     def list_objects(self, prefix: str) -> Iterable[ObjectInfo]:
@@ -142,7 +148,7 @@ class Filesystem(ABC):
 
         Args:
             source: Where they are.
-            objects: Which. One that is here already stays, or is replaced by the same bytes.
+            objects: Which. One of this key and size that is here already is the same, and stays.
             link: Let both stores share the bytes if the disk can (hard links).
             names: Keys under which they are to be here, where these differ.
             done: Called after each, maybe from several threads.

@@ -136,16 +136,26 @@ class LocalFilesystem(Filesystem):
                     ) from error
             return won
 
-    def overwrite(self, key: str, data: bytes) -> None:
-        """Replace a small object; not synced, since nothing depends on it."""
-        temporary = self._path(f"{os.path.dirname(key)}/.{uuid.uuid4().hex}.tmp")
+    def overwrite(self, key: str, data: bytes, *, durable: bool = False) -> None:
+        """Replace a small object, by renaming."""
+        folder = os.path.dirname(key)
+        temporary = self._path(f"{folder}/.{uuid.uuid4().hex}.tmp" if folder else f".{uuid.uuid4().hex}.tmp")
         with self.errors(key):
+            if durable:
+                self._ensure_directory(folder)
             descriptor = self._create_file(temporary)
             try:
                 self._write(descriptor, [data], temporary)
+                if durable:
+                    self._fsync_file(descriptor, temporary)
+                self._rename(temporary, self._path(key))
+            except OSError:
+                self._remove_temporary(temporary)
+                raise
             finally:
                 os.close(descriptor)
-            self._rename(temporary, self._path(key))
+        if durable:
+            self._sync_directories([folder])
 
     def list_objects(self, prefix: str) -> Iterable[ObjectInfo]:
         """All objects under a prefix."""
@@ -161,6 +171,7 @@ class LocalFilesystem(Filesystem):
         folders: set[str] = set()
         for key in keys:
             with self.errors(key), contextlib.suppress(FileNotFoundError):
+                self._open_files.forget(self._path(key))
                 self._unlink(self._path(key))
             parts = key.split("/")
             folders.update("/".join(parts[:depth]) for depth in range(2, len(parts)))
@@ -238,18 +249,23 @@ class LocalFilesystem(Filesystem):
         self, source: Filesystem, info: ObjectInfo, key: str, link: bool, done: Callable[[ObjectInfo], None]
     ) -> int:
         target = self._path(key)
-        with self.errors(info.key):
-            linked = link and isinstance(source, LocalFilesystem) and self._linked(source._path(info.key), target)
-            if not linked:
+        with self.errors(key):
+            # An object gets its name when it is whole and synced, so one of this size is the one.
+            there = os.path.exists(target) and os.path.getsize(target) == info.nbytes
+            if not there and link and isinstance(source, LocalFilesystem):
+                there = self._linked(source._path(info.key), target)
+            if not there:
                 self._copy(read_in_pieces(source, info), target)
         done(info)
-        return 0 if linked else info.nbytes
+        return 0 if there else info.nbytes
 
     def _linked(self, origin: str, target: str) -> bool:
         try:
             self._link(origin, target)
         except FileExistsError:
             return True
+        except FileNotFoundError:
+            return False  # copying says which of the two is not there
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
                 raise

@@ -121,7 +121,7 @@ class RemoteFilesystem(Filesystem):
                 read_back=lambda: self.read(key),
             )
 
-    def overwrite(self, key: str, data: bytes) -> None:
+    def overwrite(self, key: str, data: bytes, *, durable: bool = False) -> None:  # noqa: ARG002 - a put always is
         """Replace a small object that nothing depends on."""
         with self.errors(key):
             self.fs.pipe_file(self._path(key), data)
@@ -137,10 +137,10 @@ class RemoteFilesystem(Filesystem):
     def remove(self, keys: Sequence[str]) -> None:
         """Remove objects, many with one request where the storage can."""
         for lot in [keys[i : i + _REMOVED_TOGETHER] for i in range(0, len(keys), _REMOVED_TOGETHER)]:
-            with self.errors(", ".join(lot[:3])), contextlib.suppress(FileNotFoundError):
+            with self.errors(", ".join(lot[:3])):
                 for attempt in retrying():
                     with attempt:
-                        self.fs.rm([self._path(key) for key in lot])
+                        self._remove_together([self._path(key) for key in lot])
 
     def copy_from(
         self,
@@ -153,7 +153,13 @@ class RemoteFilesystem(Filesystem):
     ) -> int:
         """Copied by the server where both are on one, else through this machine."""
         keys = {info.key: (names or {}).get(info.key, info.key) for info in objects}
-        for lot in [objects[i : i + _COPIED_TOGETHER] for i in range(0, len(objects), _COPIED_TOGETHER)]:
+        folders = {os.path.dirname(key) for key in keys.values()}
+        here = {o.key: o.nbytes for o in self.list_objects(os.path.commonpath(folders))} if folders else {}
+        absent = [info for info in objects if here.get(keys[info.key]) != info.nbytes]
+        for info in objects:
+            if here.get(keys[info.key]) == info.nbytes:
+                done(info)
+        for lot in [absent[i : i + _COPIED_TOGETHER] for i in range(0, len(absent), _COPIED_TOGETHER)]:
             if isinstance(source, RemoteFilesystem) and source.fs is self.fs:
                 self._copy_on_server(source, {info.key: keys[info.key] for info in lot})
             else:
@@ -161,7 +167,7 @@ class RemoteFilesystem(Filesystem):
                     self._copy_through(source, info, keys[info.key])
             for info in lot:
                 done(info)
-        return sum(info.nbytes for info in objects)
+        return sum(info.nbytes for info in absent)
 
     @contextlib.contextmanager
     def errors(self, key: str) -> Iterator[None]:
@@ -189,6 +195,14 @@ class RemoteFilesystem(Filesystem):
             raise StorageError(
                 getattr(error, "errno", None) or errno.EIO, f"{where}: {str(error) or repr(error)}"
             ) from error
+
+    def _remove_together(self, paths: Sequence[str]) -> None:
+        try:
+            self.fs.rm(list(paths))
+        except FileNotFoundError:  # some filesystems end at the first that is not there
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.rm_file(path)
 
     def _copy_on_server(self, source: RemoteFilesystem, keys: Mapping[str, str]) -> None:
         with self.errors(", ".join(list(keys)[:3])):

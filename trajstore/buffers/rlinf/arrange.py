@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 import trajstore
+from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
+from trajstore.buffers.rlinf.holding import options_for
+from trajstore.buffers.rlinf.transfer import NO_SEED, append_all, new_store
 from trajstore.edit.combine import combine
 from trajstore.errors import SelectionError
 from trajstore.format.layout import STORE_DOCUMENT
@@ -26,7 +29,9 @@ from trajstore.interop.rlinf_files import (
     split_directory,
 )
 from trajstore.storage.connect import connect
+from trajstore.store import Store
 from trajstore.stored import Array
+from trajstore.view import View
 
 _RANKS = "rank_"
 
@@ -50,7 +55,8 @@ def merge_or_split(
         save_path: Where the result goes, of the same kind; nothing must be there.
         split_count: How many trajectories of one buffer to keep; None to merge.
         copy: Give the result bytes of its own. Otherwise a store refers to the segments of its sources, and files are hard
-            links where both are on one disk.
+            links where both are on one disk. Stores of which some hold an observation once, and others twice since it
+            seldom repeats there, are copied in any case.
         storage_options: For those of the two that are URLs.
         progress: Show a bar on standard error.
 
@@ -63,7 +69,7 @@ def merge_or_split(
         StoreExistsError: Something is at ``save_path``.
     """
     source, out = os.fspath(source_path).rstrip("/"), os.fspath(save_path)
-    read_options, save_options = _for(source, storage_options), _for(out, storage_options)
+    read_options, save_options = options_for(source, storage_options), options_for(out, storage_options)
     stores = _stores(source, read_options)
     if stores and split_count is not None and len(stores) > 1:
         raise SelectionError(f"{source} holds {len(stores)} buffers; split one of them, or merge them first")
@@ -118,6 +124,8 @@ def _arrange_stores(
         else:
             plan_split(ids[0], split_count, where=urls[0])
             places = [(0, at) for at in range(split_count)]
+        if len({parts.shared_in(view.schema) for view in views}) > 1:
+            return _rewrite(views, found, places, opened.enter_context(new_store(out, save_storage_options)))
         order, numbers = _rows(found, places)
         target = opened.enter_context(contextlib.closing(connect(out, storage_options=save_storage_options)))
         combine(
@@ -130,6 +138,22 @@ def _arrange_stores(
             progress=progress,
         )
         return len(places)
+
+
+def _rewrite(
+    views: Sequence[View], found: Sequence[rollouts.Found], places: Sequence[tuple[int, int]], store: Store
+) -> int:
+    """Append rollouts of stores that differ in which observations they hold once."""
+    ends = [np.cumsum([entry.pieces for entry in one.entries]) for one in found]
+
+    def read() -> Iterator[tuple[int, str, dict[str, Any]]]:
+        for number, (rank, at) in enumerate(places):
+            entry = found[rank].entries[at]
+            rows = found[rank].rows[ends[rank][at] - entry.pieces : ends[rank][at]]
+            for _, fields in rollouts.read(views[rank].take(rows), [entry]):
+                yield number, f"trajectory {entry.id} of store {rank}", fields
+
+    return append_all(store, read(), next((one.seed for one in found if one.seed is not None), NO_SEED))
 
 
 def _merged(ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -176,7 +200,3 @@ def _stores(source: str, storage_options: Mapping[str, Any] | None) -> list[str]
     for directory in open_directories(source, storage_options=storage_options):  # says what is lacking
         directory.close()
     return []
-
-
-def _for(url: str, storage_options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    return storage_options if "://" in url else None

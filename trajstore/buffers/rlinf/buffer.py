@@ -6,6 +6,7 @@ same trajectories give the same batches as the original, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -16,11 +17,18 @@ import torch
 
 import trajstore
 from trajstore.buffers.rlinf import rollouts
-from trajstore.buffers.rlinf.holding import CacheKnobs, Holding
+from trajstore.buffers.rlinf.holding import CacheKnobs, Holding, options_for
 from trajstore.buffers.rlinf.trajectory import fields_of
 from trajstore.buffers.rlinf.transfer import import_files
 from trajstore.edit.combine import Share
-from trajstore.errors import ClosedError, EmptyBufferError, IndexRangeError, SelectionError
+from trajstore.errors import (
+    ClosedError,
+    EmptyBufferError,
+    IndexRangeError,
+    SelectionError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
 from trajstore.interop.rlinf_files import RlinfDirectory, is_rlinf_directory, write_directory
 from trajstore.store import Store
 
@@ -159,8 +167,9 @@ class TrajectoryReplayBuffer:
     # Adding
 
     def add_trajectories(self, trajectories: Sequence[Any]) -> None:
-        """Add rollouts. They can be sampled at once, and are written in the background; do not change their tensors in
-        place afterwards (see ``copy_on_add``).
+        """Add rollouts, which can be sampled at once, and are written in the background.
+
+        Their tensors must not be changed in place afterwards, unless the buffer was made with ``copy_on_add=True``.
 
         Args:
             trajectories: Objects with the fields of ``Trajectory``. One with neither ``prev_logprobs`` nor ``rewards`` is
@@ -212,7 +221,7 @@ class TrajectoryReplayBuffer:
     # Checkpoints
 
     def save_checkpoint(
-        self, save_path: str | os.PathLike[str], *, share: Share = "link", progress: bool = False
+        self, save_path: str | os.PathLike[str], *, share: Share = "link", progress: bool | None = None
     ) -> None:
         """Save what the buffer holds.
 
@@ -224,18 +233,26 @@ class TrajectoryReplayBuffer:
             save_path: A folder, or any URL that trajstore opens.
             share: ``"reference"`` to refer to the buffer's own store instead, which then must stay; ``"copy"`` for bytes
                 that are shared with nothing.
-            progress: Show what is copied on standard error.
+            progress: Show what is copied on standard error; by default in a terminal, if it is much.
 
         Raises:
-            SelectionError: The buffer was made with ``save_trajectories=False``.
+            SelectionError: The buffer was made with ``save_trajectories=False``, or a reference to a temporary folder.
+            StoreExistsError: There is a checkpoint of the other kind: RLinf's files where a store should go, or a store.
         """
+        options = options_for(save_path, self._storage_options)
         with self._lock:
             self._check_open()
             if not self._checkpoints:
                 raise SelectionError(
                     "save_trajectories=False keeps no checkpoints; make the buffer with save_trajectories=True"
                 )
+            if share == "reference" and self._holding.is_temporary:
+                raise SelectionError(
+                    "share='reference' to a temporary folder, which goes with the buffer; share='link', or make the buffer "
+                    "with auto_save=True"
+                )
             self._holding.settle()
+            self._check_kind(save_path, options)
             if self.trajectory_format != "store":
                 write_directory(
                     save_path,
@@ -244,18 +261,26 @@ class TrajectoryReplayBuffer:
                     seed=self.seed,
                     trajectory_counter=self._holding.next_id,
                     overwrite=True,
-                    storage_options=self._storage_options,
+                    storage_options=options,
                     total=len(self._holding.index),
-                    progress=progress,
+                    progress=bool(progress),
                 )
             elif not self.size:
-                with trajstore.open(save_path, mode="a", storage_options=self._storage_options) as empty:
+                with trajstore.open(save_path, mode="a", storage_options=options) as empty:
                     empty.clear()
             else:
                 self._holding.flush()
                 self._holding.kept().save(
-                    save_path, share=share, replace=True, storage_options=self._storage_options, progress=progress
+                    save_path, share=share, replace=True, storage_options=options, progress=progress
                 )
+
+    def _check_kind(self, path: str | os.PathLike[str], options: Mapping[str, Any] | None) -> None:
+        """Raise where two checkpoints in one folder would leave open which of them is meant."""
+        if self.trajectory_format != "store":
+            with contextlib.suppress(StoreNotFoundError), trajstore.open(path, storage_options=options):
+                raise StoreExistsError(f"{os.fspath(path)} holds a store; save RLinf's files to another folder")
+        elif is_rlinf_directory(path, storage_options=options):
+            raise StoreExistsError(f"{os.fspath(path)} holds RLinf's files; save the store to another folder")
 
     def load_checkpoint(
         self,
@@ -293,13 +318,14 @@ class TrajectoryReplayBuffer:
             rank, ranks = 0, 1
         with self._lock:
             self._check_open()
-            if is_rlinf_directory(load_path, storage_options=self._storage_options):
+            options = options_for(load_path, self._storage_options)
+            if is_rlinf_directory(load_path, storage_options=options):
                 self._load_files(load_path, rank, ranks, progress)
                 return
             url = os.fspath(load_path)
             if "://" not in url:
                 url = os.path.abspath(os.path.expanduser(url))
-            with trajstore.open(url, storage_options=self._storage_options, bases=self._holding.trusted) as checkpoint:
+            with trajstore.open(url, storage_options=options, bases=self._holding.trusted) as checkpoint:
                 seed = self._holding.take_over(checkpoint.trajectories, url, rank, ranks)
             self._reseed(self.seed if seed is None else seed)
 
@@ -308,7 +334,7 @@ class TrajectoryReplayBuffer:
         with tempfile.TemporaryDirectory(prefix="trajstore-load-", dir=self._holding.folder) as folder:
             url = os.path.join(folder, "store")
             with (
-                RlinfDirectory(path, storage_options=self._storage_options) as directory,
+                RlinfDirectory(path, storage_options=options_for(path, self._storage_options)) as directory,
                 trajstore.open(url, mode="x") as staged,
             ):
                 ids = directory.ids[rollouts.share_of(len(directory), rank, ranks)]
@@ -347,7 +373,11 @@ class TrajectoryReplayBuffer:
             if wait:
                 self._holding.close()
             else:
-                threading.Thread(target=self._holding.close, name="trajstore-buffer-close").start()
+                threading.Thread(target=self._end, name="trajstore-buffer-close").start()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._holding.close()
 
     def __enter__(self) -> TrajectoryReplayBuffer:
         return self

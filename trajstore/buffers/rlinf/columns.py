@@ -107,6 +107,8 @@ def take_apart(fields: Mapping[str, Any], steps: int, envs: int) -> Rollout:
     rest: dict[str, Any] = {}
     leaves = list(_leaves(fields))
     devices = {str(value.device): path for path, value in reversed(leaves) if isinstance(value, torch.Tensor)}
+    if "meta" in devices and len(devices) == 1:
+        raise ColumnTypeError(f"field {devices['meta']!r} is on the device 'meta', where tensors have no values")
     if len(devices) > 1:
         where = ", ".join(f"{path!r} on {device}" for device, path in devices.items())
         raise ColumnTypeError(f"fields lie on different devices: {where}; move them to one before they are added")
@@ -369,11 +371,17 @@ def _repeats(rollout: Rollout, name: str) -> torch.Tensor:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """``[T, B, n]`` integers that hold the bits of each row: NaN is equal to itself there."""
     width = math.prod(tensor.shape[2:])  # -1 would not do where there is nothing
-    flat = tensor.reshape(*tensor.shape[:2], width).contiguous().view(torch.uint8)
+    flat = _packed(tensor.reshape(*tensor.shape[:2], width)).view(torch.uint8)
     for dtype, size in ((torch.int64, 8), (torch.int32, 4)):
         if flat.shape[-1] % size == 0 and flat.storage_offset() % size == 0:
             return flat.view(dtype)
     return flat
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """In one block of memory, whose last stride is 1 also where there is but one value."""
+    whole = tensor.contiguous()
+    return whole if not whole.dim() or whole.stride(-1) == 1 else whole.clone(memory_format=torch.contiguous_format)
 
 
 def _any(tensor: torch.Tensor | None) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
@@ -390,7 +398,7 @@ def _either(a: Any, b: Any) -> Any:
 
 
 def _encoded(tensor: torch.Tensor) -> dict[str, Any]:
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = _packed(tensor.resolve_conj().resolve_neg().reshape(-1)).view(torch.uint8).numpy().tobytes()
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),

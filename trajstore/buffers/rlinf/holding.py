@@ -26,6 +26,7 @@ from trajstore.buffers.rlinf.columns import Rollout
 from trajstore.buffers.rlinf.index import RolloutIndex
 from trajstore.edit.combine import Share
 from trajstore.errors import SelectionError, StoreExistsError, TrajstoreError
+from trajstore.read.bases import parent_of
 from trajstore.schema import Schema
 from trajstore.storage.workers import Workers
 from trajstore.store import Store
@@ -99,6 +100,11 @@ class Holding:
             self._folder = tempfile.mkdtemp(prefix="trajstore-buffer-")
             self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return os.path.join(self._folder, "store")
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the store goes with the buffer."""
+        return not self._url
 
     @property
     def folder(self) -> str | None:
@@ -230,9 +236,10 @@ class Holding:
             on_disks = "://" not in url and "://" not in self.url
             how: Share = share or ("link" if on_disks else "reference")
             self.release()
-            mine.save(self.url, share=how, replace=True, storage_options=self._options())
+            mine.save(self.url, share=how, replace=True, storage_options=options_for(self.url, self.storage_options))
             if how == "reference":
-                self.trusted[url] = self.storage_options
+                # What that store may refer to, this one now does: all that is beside it.
+                self.trusted[parent_of(url) or url] = options_for(url, self.storage_options)
         self._known = True
         store = self._opened()
         if own and len(mine) < len(view):
@@ -251,8 +258,8 @@ class Holding:
     def clear(self) -> None:
         """Hold nothing; what comes next may have other columns."""
         self.settle()
-        if self.store is not None:
-            self.store.clear()
+        if self._known:
+            self._opened().clear()  # also one that was released
         self._forget()
 
     def release(self) -> None:
@@ -265,16 +272,14 @@ class Holding:
                 store.close()
 
     def close(self) -> None:
-        """Write what waits, end the thread, remove a temporary folder."""
+        """Write what waits, end the thread, remove a temporary folder. What is at the URL is left alone from then on."""
         try:
             self.release()
         finally:
+            self._known = False
             self._finalizer()
             if self._folder is not None:
                 self._remove_folder()
-
-    def _options(self) -> Mapping[str, Any] | None:
-        return self.storage_options if "://" in self.url else None
 
     def _opened(self) -> Store:
         if self.store is None:
@@ -284,7 +289,7 @@ class Holding:
                 mode="a",
                 cache_bytes=nbytes,
                 write_buffer_bytes=max(nbytes // 2, 1),
-                storage_options=self._options(),
+                storage_options=options_for(self.url, self.storage_options),
                 bases=self.trusted,
             )
         return self.store
@@ -344,6 +349,11 @@ class Holding:
         self.count = self.num_samples = self.next_id = 0
         self._view = None
         self._shared = frozenset()
+
+
+def options_for(place: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The options of a buffer as far as they are for a place: a path has none."""
+    return storage_options if "://" in os.fspath(place) else None
 
 
 def _same_place(url: str, other: str) -> bool:

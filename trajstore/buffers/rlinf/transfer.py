@@ -13,13 +13,14 @@ from typing import Any
 import trajstore
 from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
-from trajstore.errors import SchemaError
+from trajstore.buffers.rlinf.holding import options_for
+from trajstore.errors import SchemaError, StoreExistsError
 from trajstore.interop.rlinf_files import Metadata, RlinfDirectory, open_directories, plan_merge, write_directory
-from trajstore.interop.rlinf_files.progress import counted
+from trajstore.progress import counted
 from trajstore.store import Store
 from trajstore.view import View
 
-_NO_SEED = 1234  # of a buffer that was given none
+NO_SEED = 1234  # of a buffer that was given none
 
 
 def import_files(
@@ -51,7 +52,7 @@ def import_files(
     noted = seed if directory.metadata.seed is None else directory.metadata.seed
     found = directory.trajectories(ids, allow_pickle=allow_pickle, progress=progress)
     named = ((number, f"{entry.file_stem()} of {directory.url}", fields) for number, entry, fields in found)
-    return _append_all(store, named, noted)
+    return append_all(store, named, noted)
 
 
 def import_directories(
@@ -68,7 +69,7 @@ def import_directories(
         source: Path or URL of the files.
         out: Of the store, which must not exist.
         allow_pickle: Read ``.pkl`` files, which can run any code.
-        storage_options: For both, if they are URLs.
+        storage_options: For those of the two that are URLs.
         progress: Show how far it is on standard error.
 
     Returns:
@@ -78,11 +79,14 @@ def import_directories(
         StoreNotFoundError: No such files are there.
         StoreExistsError: A store is at ``out``.
         UntrustedPickleError: There are ``.pkl`` files.
+        SchemaError: A trajectory that does not fit those before it; names its file. As after any error, there is nothing
+            in the store then, and ``out`` can be used again.
     """
     with contextlib.ExitStack() as opened:
-        directories = [opened.enter_context(d) for d in open_directories(source, storage_options=storage_options)]
-        store = opened.enter_context(trajstore.open(out, mode="x", storage_options=storage_options))
-        seed = next((d.metadata.seed for d in directories if d.metadata.seed is not None), _NO_SEED)
+        found = open_directories(source, storage_options=options_for(source, storage_options))
+        directories = [opened.enter_context(directory) for directory in found]
+        store = opened.enter_context(new_store(out, options_for(out, storage_options)))
+        seed = next((d.metadata.seed for d in directories if d.metadata.seed is not None), NO_SEED)
         if len(directories) == 1:
             return import_files(directories[0], store, seed=seed, allow_pickle=allow_pickle, progress=progress)
         places = plan_merge([d.ids for d in directories])
@@ -94,11 +98,33 @@ def import_directories(
                 for _, entry, fields in directory.trajectories([name], allow_pickle=allow_pickle):
                     yield number, f"{entry.file_stem()} of {directory.url}", fields
 
-        return _append_all(store, merged(), seed)
+        return append_all(store, merged(), seed)
 
 
-def _append_all(store: Store, trajectories: Iterable[tuple[int, str, Mapping[str, Any]]], seed: int) -> int:
-    """Append number, name and fields of trajectories."""
+@contextlib.contextmanager
+def new_store(out: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Iterator[Store]:
+    """A store that holds nothing yet; what fails inside leaves it so, and takes its bytes back.
+
+    Raises:
+        StoreExistsError: It holds trajectories.
+    """
+    with trajstore.open(out, mode="a", storage_options=storage_options) as store:
+        if store.num_trajectories:
+            raise StoreExistsError(
+                f"{os.fspath(out)} is a store of {store.num_trajectories} trajectories already; choose another place"
+            )
+        try:
+            yield store
+        except BaseException:
+            ids = store.trajectories.ids
+            if len(ids):
+                store.delete(ids, reclaim=True)
+            store.clear()
+            raise
+
+
+def append_all(store: Store, trajectories: Iterable[tuple[int, str, Mapping[str, Any]]], seed: int) -> int:
+    """Append number, name and fields of trajectories, durably; how many there were."""
     shared = parts.shared_in(store.schema)
     count = 0
     for number, name, fields in trajectories:

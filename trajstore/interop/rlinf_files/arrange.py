@@ -14,7 +14,7 @@ from typing import Any
 from trajstore.errors import SchemaConflictError, SelectionError
 from trajstore.interop.rlinf_files.directory import RlinfDirectory, TrajectoryFile, Url, open_directories
 from trajstore.interop.rlinf_files.documents import Metadata
-from trajstore.interop.rlinf_files.progress import counted
+from trajstore.progress import counted
 from trajstore.interop.rlinf_files.writer import RlinfWriter
 
 

@@ -22,7 +22,7 @@ from trajstore.interop.rlinf_files.documents import (
     entry_of,
     index_to_bytes,
 )
-from trajstore.interop.rlinf_files.progress import counted
+from trajstore.progress import counted
 from trajstore.interop.rlinf_files.trajectory_file import encode
 from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Buffer, ObjectInfo
@@ -40,11 +40,9 @@ class RlinfWriter:
         trajectory_format: ``"pt"`` or ``"pkl"``.
         seed: Of the buffer, for ``metadata.json``.
         trajectory_counter: The id that the next trajectory of the buffer gets; by default the largest id + 1.
-        overwrite: Replace what was saved there before, file by file. Files that the new index does not name stay.
+        overwrite: Take the place of what was saved there before. Its index goes first, so that nobody takes a mixture of
+            the two for a buffer: killed in between, there is none. Files that the new index does not name stay.
         storage_options: For the filesystem of a URL.
-
-    A file that replaces another is renamed into its place but not synced, so a power loss soon after may cost both saves;
-    new files, and new directories, are durable once ``finish`` returns.
 
     Raises:
         StoreExistsError: A buffer is saved there, and ``overwrite`` was not said.
@@ -129,6 +127,7 @@ class RlinfWriter:
     def finish(self) -> Metadata:
         """Write the index and the metadata."""
         self._check_open()
+        self._forget_former()
         entries = list(self._entries.values())
         metadata = Metadata(
             trajectory_format=self._format,
@@ -155,9 +154,16 @@ class RlinfWriter:
 
     def _note(self, entry: Entry) -> None:
         self._check_open()
+        self._forget_former()
         if entry.trajectory_id in self._entries:
             raise SelectionError(f"trajectory {entry.trajectory_id} was written before; give each its own number")
         self._entries[entry.trajectory_id] = entry
+
+    def _forget_former(self) -> None:
+        documents = self._former & {METADATA_KEY, *INDEX_KEYS}
+        if documents:
+            self._filesystem.remove(sorted(documents))
+            self._former -= documents
 
     def _put(self, entry: Entry, data: Buffer) -> None:
         self._note(entry)
@@ -170,7 +176,7 @@ class RlinfWriter:
 
     def _write_pending(self) -> None:
         for key in self._former & set(self._pending):
-            self._filesystem.overwrite(key, bytes(self._pending.pop(key)))
+            self._filesystem.overwrite(key, bytes(self._pending.pop(key)), durable=True)
         if self._pending:
             self._filesystem.store({key: [data] for key, data in self._pending.items()})
         self._pending.clear()
