@@ -33,6 +33,8 @@ def modules():
 
 
 def part_of(path):
+    if path.name == "__main__.py":
+        return "cli"  # a command, wherever it lies
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 

@@ -129,7 +129,7 @@ class TestSampling:
         with TrajectoryReplayBuffer() as buffer:
             buffer.add_trajectories(kept)
             gate = threading.Event()
-            buffer._holding._filing.submit(gate.wait, 60)
+            buffer._holding._resources.filing.submit(gate.wait, 60)
             buffer.add_trajectories([changed])
             changed.actions.zero_()
             gate.set()

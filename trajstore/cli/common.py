@@ -28,6 +28,21 @@ StorageOption = Annotated[
 ]
 
 
+Base = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--base",
+        help="Where other stores may lie that this one refers to, besides its own parent folder: the beginning of a URL; "
+        "may be repeated.",
+    ),
+]
+
+
+def parse_bases(prefixes: list[str] | None, pairs: list[str] | None) -> dict[str, dict[str, Any] | None]:
+    """Trusted prefixes with their storage options, which are those of the command for buckets."""
+    return {prefix: parse_options(pairs) if "://" in prefix else None for prefix in prefixes or []}
+
+
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
     """``KEY=VALUE`` pairs; dots in a key nest: ``client_kwargs.region_name=eu-west-1``."""
     options: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -11,10 +11,12 @@ import trajstore
 from trajstore import report
 from trajstore.cli.common import (
     AsJson,
+    Base,
     StorageOption,
     Url,
     Version,
     Where,
+    parse_bases,
     parse_bytes,
     parse_options,
     print_json,
@@ -24,9 +26,24 @@ from trajstore.console import out
 from trajstore.read.cache import DEFAULT_CACHE_BYTES
 
 
-def info(url: Url, version: Version = None, as_json: AsJson = False, storage_option: StorageOption = None) -> None:
+def opened(
+    url: str, version: int | None, storage_option: list[str] | None, base: list[str] | None, **options: Any
+) -> trajstore.Store:
+    """The store that a command looks into."""
+    return trajstore.open(
+        url,
+        version=version,
+        storage_options=parse_options(storage_option),
+        bases=parse_bases(base, storage_option),
+        **options,
+    )
+
+
+def info(
+    url: Url, version: Version = None, as_json: AsJson = False, storage_option: StorageOption = None, base: Base = None
+) -> None:
     """Say what a store holds: schema, trajectories, steps, and where the bytes are."""
-    with trajstore.open(url, version=version, storage_options=parse_options(storage_option)) as store:
+    with opened(url, version, storage_option, base) as store:
         usage = store.usage()
         if as_json:
             print_json(report.usage_json(store, usage))
@@ -41,9 +58,10 @@ def ls(
     version: Version = None,
     as_json: AsJson = False,
     storage_option: StorageOption = None,
+    base: Base = None,
 ) -> None:
     """List trajectories: one row each, newest last."""
-    with trajstore.open(url, version=version, storage_options=parse_options(storage_option)) as store:
+    with opened(url, version, storage_option, base) as store:
         view = store.trajectories.filter(where) if where else store.trajectories
         frame = view.last(limit).to_pandas()
         if as_json:
@@ -66,9 +84,10 @@ def head(
     version: Version = None,
     as_json: AsJson = False,
     storage_option: StorageOption = None,
+    base: Base = None,
 ) -> None:
     """Show the first steps of a trajectory."""
-    with trajstore.open(url, version=version, storage_options=parse_options(storage_option)) as store:
+    with opened(url, version, storage_option, base) as store:
         view = store.trajectories
         chosen = view.first(1) if trajectory is None else view.filter("id == @wanted", wanted=trajectory)
         if not len(chosen):
@@ -127,6 +146,7 @@ def sample(
     version: Version = None,
     as_json: AsJson = False,
     storage_option: StorageOption = None,
+    base: Base = None,
 ) -> None:
     """Sample windows: what a batch holds, how fast they come, what is cached.
 
@@ -141,9 +161,7 @@ def sample(
     from trajstore.feed.measure import measure_sampling
 
     nbytes = DEFAULT_CACHE_BYTES if cache_bytes is None else parse_bytes(cache_bytes)
-    with trajstore.open(
-        url, version=version, storage_options=parse_options(storage_option), cache_bytes=nbytes
-    ) as store:
+    with opened(url, version, storage_option, base, cache_bytes=nbytes) as store:
         view = store.trajectories.filter(where) if where else store.trajectories
         with (
             view.loader(

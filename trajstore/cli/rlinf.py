@@ -8,9 +8,10 @@ import typer
 
 import trajstore
 from trajstore.buffers.rlinf import export_files, import_directories, merge_or_split
+from trajstore.buffers.rlinf.arrange import refers_to
 from trajstore.buffers.rlinf.holding import options_for
-from trajstore.cli.common import StorageOption, parse_options
-from trajstore.console import out
+from trajstore.cli.common import Base, StorageOption, parse_bases, parse_options
+from trajstore.console import err, out
 
 app = typer.Typer(help="Replay buffers of RLinf: merge, split, import, export.", no_args_is_help=True)
 
@@ -36,6 +37,7 @@ def merge_or_split_command(
         ),
     ] = False,
     storage_option: StorageOption = None,
+    base: Base = None,
 ) -> None:
     """Merge the buffers of several ranks, interleaved by trajectory id; or keep the first trajectories of one.
 
@@ -52,9 +54,17 @@ def merge_or_split_command(
         split_count=split_count,
         copy=copy,
         storage_options=parse_options(storage_option),
+        bases=parse_bases(base, storage_option),
         progress=True,
     )
     out.print(f"{count} trajectories in [bold]{save_path}[/bold]", highlight=False)
+    elsewhere = refers_to(save_path, storage_options=parse_options(storage_option))
+    if elsewhere:
+        err.print(
+            f"it refers to {', '.join(elsewhere)}, outside its own parent folder: whoever opens it has to trust "
+            "that place (--base, or bases= in Python), or use --copy",
+            highlight=False,
+        )
 
 
 @app.command("import")

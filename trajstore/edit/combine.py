@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from trajstore.progress import byte_progress
 from trajstore.errors import MissingObjectError, SchemaConflictError, SelectionError
 from trajstore.format import layout
 from trajstore.format.manifest import Manifest, SegmentEntry, encode_manifest, manifest_entry, table_schema
 from trajstore.format.snapshot import Base, ManifestEntry
+from trajstore.progress import byte_progress
 from trajstore.read.bases import Bases, reference
 from trajstore.read.selection import Selection
 from trajstore.schema import Schema

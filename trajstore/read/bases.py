@@ -127,6 +127,15 @@ def reference(to: str, *, seen_from: str) -> str:
     return "../" + to.rstrip("/")[len(parent) + 1 :] if parent and _is_under(to.rstrip("/"), parent) else to
 
 
+def is_trusted(to: str, *, seen_from: str) -> bool:
+    """Whether a reference leads to a place that is opened without having been named.
+
+    >>> is_trusted("../a", seen_from="/data/b"), is_trusted("/other/a", seen_from="/data/b")
+    (True, False)
+    """
+    return to.startswith("../") or _is_under(to, parent_of(seen_from))
+
+
 def _is_under(url: str, prefix: str | None) -> bool:
     parts: Sequence[str] = url.split("/")
     return prefix is not None and prefix != "" and ".." not in parts and (url == prefix or url.startswith(prefix + "/"))

@@ -127,7 +127,10 @@ class PinnedRows:
             if group is None or group.base[number] < 0:
                 return False
             wanted = np.arange(first, first + len(out))
-            starts = group.row_of_page[(wanted >> group.shift[number]) + group.base[number]]
+            pages = wanted >> group.shift[number]
+            if int(pages[-1]) >= len(group.pages_of(number)):  # what comes there is another segment's
+                return False
+            starts = group.row_of_page[pages + group.base[number]]
             if starts.min() < 0:
                 return False
             index = torch.from_numpy(starts + (wanted & group.mask[number])).to(cache.device)

@@ -205,7 +205,7 @@ class RemoteFilesystem(Filesystem):
                     self.fs.rm_file(path)
 
     def _copy_on_server(self, source: RemoteFilesystem, keys: Mapping[str, str]) -> None:
-        with self.errors(", ".join(list(keys)[:3])):
+        with source.errors(", ".join(list(keys)[:3])):
             for attempt in retrying():
                 with attempt:
                     self.fs.copy([source._path(key) for key in keys], [self._path(key) for key in keys.values()])

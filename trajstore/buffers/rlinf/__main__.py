@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from trajstore.buffers.rlinf import TrajectoryReplayBuffer
+from trajstore.cli.common import Base, StorageOption, parse_bases, parse_options
 from trajstore.console import out, run
 from trajstore.schema import flatten
 
@@ -21,6 +22,8 @@ def main(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .pkl files, which can run any code.")
     ] = False,
+    storage_option: StorageOption = None,
+    base: Base = None,
 ) -> None:
     """Load a replay buffer, sample one batch, print its keys and shapes."""
     with TrajectoryReplayBuffer(
@@ -28,6 +31,8 @@ def main(
         enable_cache=enable_cache,
         sample_window_size=sample_window_size,
         allow_pickle=allow_pickle,
+        storage_options=parse_options(storage_option),
+        bases=parse_bases(base, storage_option),
     ) as buffer:
         buffer.load_checkpoint(load_path, progress=True)
         batch: dict[str, Any] = buffer.sample(num_chunks=num_chunks)

@@ -28,6 +28,9 @@ from trajstore.interop.rlinf_files import (
     plan_split,
     split_directory,
 )
+from trajstore.read.bases import is_trusted
+from trajstore.storage.attach import find_existing
+from trajstore.storage.commit import History
 from trajstore.storage.connect import connect
 from trajstore.store import Store
 from trajstore.stored import Array
@@ -43,6 +46,7 @@ def merge_or_split(
     split_count: int | None = None,
     copy: bool = False,
     storage_options: Mapping[str, Any] | None = None,
+    bases: Mapping[str, Mapping[str, Any] | None] | None = None,
     progress: bool = False,
 ) -> int:
     """Merge the ``rank_*`` buffers under a place, or keep the first trajectories of one buffer.
@@ -58,6 +62,7 @@ def merge_or_split(
             links where both are on one disk. Stores of which some hold an observation once, and others twice since it
             seldom repeats there, are copied in any case.
         storage_options: For those of the two that are URLs.
+        bases: Where stores may lie to which the sources refer; see ``trajstore.open``.
         progress: Show a bar on standard error.
 
     Returns:
@@ -81,6 +86,7 @@ def merge_or_split(
             copy=copy,
             storage_options=read_options,
             save_storage_options=save_options,
+            bases=bases,
             progress=progress,
         )
     if split_count is None:
@@ -103,6 +109,15 @@ def merge_or_split(
     ).size
 
 
+def refers_to(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Stores outside its parent folder to which a store refers; none for RLinf's files."""
+    place = os.fspath(url)
+    with contextlib.closing(connect(place, storage_options=options_for(place, storage_options))) as filesystem:
+        found = find_existing(filesystem, History(filesystem))
+    bases = () if found is None else found[1].snapshot.bases
+    return [base.url for base in bases if not is_trusted(base.url, seen_from=filesystem.url)]
+
+
 def _arrange_stores(
     urls: Sequence[str],
     out: str,
@@ -111,11 +126,13 @@ def _arrange_stores(
     copy: bool,
     storage_options: Mapping[str, Any] | None,
     save_storage_options: Mapping[str, Any] | None,
+    bases: Mapping[str, Mapping[str, Any] | None] | None,
     progress: bool,
 ) -> int:
     with contextlib.ExitStack() as opened:
         views = [
-            opened.enter_context(trajstore.open(url, storage_options=storage_options)).trajectories for url in urls
+            opened.enter_context(trajstore.open(url, storage_options=storage_options, bases=bases)).trajectories
+            for url in urls
         ]
         found = [rollouts.find(view) for view in views]
         ids = [[entry.id for entry in one.entries] for one in found]

@@ -58,7 +58,9 @@ class TrajectoryReplayBuffer:
         storage_options: For URLs: credentials, endpoint and so on.
         allow_pickle: Let ``load_checkpoint`` read ``.pkl`` files, which can run any code.
         copy_on_add: Copy tensors in ``add_trajectories`` itself. Otherwise they are read a little later by a thread, and a
-            tensor that was changed in place before is an error.
+            tensor that was changed in place before is an error, as far as torch counts changes: not those that NumPy or
+            another process makes in the same memory.
+        bases: Where stores may lie to which a checkpoint refers, besides those beside it; see ``trajstore.open``.
 
     Raises:
         SelectionError: Keywords that contradict each other.
@@ -90,6 +92,7 @@ class TrajectoryReplayBuffer:
         storage_options: Mapping[str, Any] | None = None,
         allow_pickle: bool = False,
         copy_on_add: bool = False,
+        bases: Mapping[str, Mapping[str, Any] | None] | None = None,
     ) -> None:
         first_generation = storage_dir is not None or save_trajectories is not None
         if first_generation and (auto_save is not None or auto_save_path):
@@ -133,6 +136,7 @@ class TrajectoryReplayBuffer:
             keep=sample_window_size if window_only else 0,
             cache=CacheKnobs(cache_bytes, cache_size, enable_cache),
             storage_options=storage_options,
+            bases=bases,
         )
         self._reseed(seed)
 
@@ -291,7 +295,7 @@ class TrajectoryReplayBuffer:
         *,
         load_rank: int | None = None,
         load_split_num: int | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> None:
         """Hold what a checkpoint holds, instead of what the buffer held before; draw from its seed on.
 
@@ -302,7 +306,7 @@ class TrajectoryReplayBuffer:
             world_size: Ranks; ``load_split_num`` in the first generation.
             load_rank: As ``local_rank``.
             load_split_num: As ``world_size``.
-            progress: Show on standard error how far reading files is.
+            progress: Show on standard error how far it is; by default in a terminal, if much is copied.
 
         Raises:
             StoreNotFoundError: Neither is there.
@@ -320,16 +324,19 @@ class TrajectoryReplayBuffer:
             self._check_open()
             options = options_for(load_path, self._storage_options)
             if is_rlinf_directory(load_path, storage_options=options):
-                self._load_files(load_path, rank, ranks, progress)
+                self._load_files(load_path, rank, ranks, bool(progress), counted=not is_distributed)
                 return
             url = os.fspath(load_path)
             if "://" not in url:
                 url = os.path.abspath(os.path.expanduser(url))
             with trajstore.open(url, storage_options=options, bases=self._holding.trusted) as checkpoint:
-                seed = self._holding.take_over(checkpoint.trajectories, url, rank, ranks)
+                checkpoint.usage()  # reads every page index: what is damaged or missing is found before anything changes
+                seed = self._holding.take_over(checkpoint.trajectories, url, rank, ranks, progress=progress)
             self._reseed(self.seed if seed is None else seed)
 
-    def _load_files(self, path: str | os.PathLike[str], rank: int, ranks: int, progress: bool) -> None:
+    def _load_files(
+        self, path: str | os.PathLike[str], rank: int, ranks: int, progress: bool, *, counted: bool
+    ) -> None:
         """Through a store of their own, so that a damaged file changes nothing."""
         with tempfile.TemporaryDirectory(prefix="trajstore-load-", dir=self._holding.folder) as folder:
             url = os.path.join(folder, "store")
@@ -340,8 +347,8 @@ class TrajectoryReplayBuffer:
                 ids = directory.ids[rollouts.share_of(len(directory), rank, ranks)]
                 import_files(directory, staged, ids, allow_pickle=self._allow_pickle, seed=self.seed, progress=progress)
                 self._holding.take_over(staged.trajectories, url, 0, 1, share="copy")
-        if ranks == 1:
-            self._holding.next_id = directory.metadata.trajectory_counter
+        if counted:  # ids are never given twice, whatever the file says
+            self._holding.next_id = max(self._holding.next_id, directory.metadata.trajectory_counter)
         if directory.metadata.seed is not None:
             self._reseed(directory.metadata.seed)
 

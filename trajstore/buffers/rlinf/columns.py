@@ -416,6 +416,8 @@ def _decoded(entry: Mapping[str, Any]) -> torch.Tensor:
 
 def _plain(path: str, value: Any) -> Any:
     """A value as JSON that says what it was."""
+    if isinstance(value, np.bool_ | np.integer | np.floating):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

@@ -25,7 +25,7 @@ from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.columns import Rollout
 from trajstore.buffers.rlinf.index import RolloutIndex
 from trajstore.edit.combine import Share
-from trajstore.errors import SelectionError, StoreExistsError, TrajstoreError
+from trajstore.errors import SelectionError, StoreExistsError
 from trajstore.read.bases import parent_of
 from trajstore.schema import Schema
 from trajstore.storage.workers import Workers
@@ -58,6 +58,31 @@ class CacheKnobs:
         return max(self.nbytes, self.rollouts * rollout_bytes, _LEAST_CACHE_BYTES)
 
 
+class _Resources:
+    """What has to be given back, in this order: the thread that files, the store, the folder.
+
+    Whoever forgets to close a buffer has it done when the buffer is collected, or at the interpreter's end.
+    """
+
+    def __init__(self) -> None:
+        self.filing = Workers(1, name="trajstore-rollouts")
+        self.store: Store | None = None
+        self.folder: str | None = None
+
+    def release_store(self) -> None:
+        store, self.store = self.store, None
+        if store is not None:
+            store.close()
+
+    def close(self) -> None:
+        self.filing.close()  # files what waits
+        try:
+            self.release_store()
+        finally:
+            if self.folder is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
 class Holding:
     """Rollouts in a store.
 
@@ -66,20 +91,27 @@ class Holding:
         keep: Rollouts that are kept, twice as many for a while; 0 for all. For a temporary folder only.
         cache: Memory.
         storage_options: For a URL.
+        bases: Where stores may lie that it refers to; see ``trajstore.open``.
     """
 
-    def __init__(self, url: str, *, keep: int, cache: CacheKnobs, storage_options: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        keep: int,
+        cache: CacheKnobs,
+        storage_options: Mapping[str, Any] | None,
+        bases: Mapping[str, Mapping[str, Any] | None] | None,
+    ) -> None:
         self.keep = keep
-        self.store: Store | None = None
         self.storage_options = storage_options
+        self.trusted = dict(bases or {})
         self._url = url
         self._cache = cache
-        self._rollout_bytes = 0  # of the first
-        self._folder: str | None = None
-        self.trusted: dict[str, Mapping[str, Any] | None] = {}  # stores that this one refers to
+        self._rollout_bytes = 0  # of the largest that is known
         self._known = False  # whether what is at the URL is what is held
-        self._filing = Workers(1, name="trajstore-rollouts")
-        self._finalizer = weakref.finalize(self, self._filing.close)  # files what waits
+        self._resources = _Resources()
+        self._finalizer = weakref.finalize(self, self._resources.close)
         self._waiting: collections.deque[tuple[Future[None], int]] = collections.deque()  # and bytes of each
         self._waiting_bytes = 0
         self.index = RolloutIndex()  # of what is filed
@@ -92,14 +124,18 @@ class Holding:
         self._shared: frozenset[str] = frozenset()  # observations that are stored once
 
     @property
+    def store(self) -> Store | None:
+        """The store; None while it is not open."""
+        return self._resources.store
+
+    @property
     def url(self) -> str:
         """Where the store is."""
         if self._url:
             return self._url
-        if self._folder is None:
-            self._folder = tempfile.mkdtemp(prefix="trajstore-buffer-")
-            self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        return os.path.join(self._folder, "store")
+        if self._resources.folder is None:
+            self._resources.folder = tempfile.mkdtemp(prefix="trajstore-buffer-")
+        return os.path.join(self._resources.folder, "store")
 
     @property
     def is_temporary(self) -> bool:
@@ -130,7 +166,7 @@ class Holding:
         nbytes = sum(tensor.nbytes for tensor in rollout.columns.values())
         while self._waiting and self._waiting_bytes + nbytes > self._cache.bytes_for(0) // 2:
             self._await_oldest()
-        future = self._filing.submit(self._file, fields, rollout, self.next_id, seed)
+        future = self._resources.filing.submit(self._file, fields, rollout, self.next_id, seed)
         self._waiting.append((future, nbytes))
         self._waiting_bytes += nbytes
         self.next_id += 1
@@ -160,7 +196,7 @@ class Holding:
         self._waiting_bytes -= nbytes
         try:
             future.result()
-        except TrajstoreError:
+        except Exception:
             for later, _ in self._waiting:
                 later.exception()  # they are filed, or fail for the same reason
             self._waiting.clear()
@@ -206,7 +242,16 @@ class Holding:
         view = self.kept()
         return rollouts.read(view, self.index.entries[-self.keep :])
 
-    def take_over(self, view: View, url: str, rank: int, ranks: int, *, share: Share | None = None) -> int | None:
+    def take_over(
+        self,
+        view: View,
+        url: str,
+        rank: int,
+        ranks: int,
+        *,
+        share: Share | None = None,
+        progress: bool | None = None,
+    ) -> int | None:
         """Hold a rank's share of the rollouts of a view, instead of what was held.
 
         Args:
@@ -214,7 +259,9 @@ class Holding:
             url: Of that store.
             rank: Which share.
             ranks: Of how many.
-            share: See ``View.save``; by default links on disks, else references.
+            share: See ``View.save``; by default a store that outlives the buffer stands alone, and a temporary one refers to
+                what it cannot share by links.
+            progress: Show what is copied; by default in a terminal, if it is much.
 
         Returns:
             The seed that is noted with them.
@@ -227,26 +274,37 @@ class Holding:
         own = _same_place(url, self.url)
         if own and ranks > 1:
             raise SelectionError(
-                f"{url} is the store of this buffer, of which a share cannot be loaded; give each rank an "
-                f"auto_save_path of its "
-                "own"
+                f"{url} is the store of this buffer, of which a share cannot be loaded; give each rank an auto_save_path of "
+                "its own"
             )
         self.settle()
         if not own:
-            on_disks = "://" not in url and "://" not in self.url
-            how: Share = share or ("link" if on_disks else "reference")
+            how = share or self._way_of_sharing(url)
             self.release()
-            mine.save(self.url, share=how, replace=True, storage_options=options_for(self.url, self.storage_options))
+            options = options_for(self.url, self.storage_options)
+            mine.save(self.url, share=how, replace=True, storage_options=options, progress=progress)
             if how == "reference":
                 # What that store may refer to, this one now does: all that is beside it.
                 self.trusted[parent_of(url) or url] = options_for(url, self.storage_options)
         self._known = True
+        self._rollout_bytes = max((entry.num_samples for entry in found.entries), default=0) * sum(
+            (1 + column.extra) * column.row_bytes for column in view.schema
+        )
+        if own:
+            self._resources.release_store()  # opened with another cache
         store = self._opened()
         if own and len(mine) < len(view):
             store.delete(np.setdiff1d(view.ids, mine.ids))
         self._forget()
         self._recount()
         return found.seed
+
+    def _way_of_sharing(self, url: str) -> Share:
+        if not self.is_temporary:
+            return "link"  # or copies, where there are no links
+        if "://" in url or "://" in self.url:
+            return "reference"
+        return "link" if os.stat(url).st_dev == os.stat(self.folder or "/").st_dev else "reference"
 
     def flush(self) -> None:
         """Wait until everything is durable."""
@@ -267,9 +325,8 @@ class Holding:
         try:
             self.settle()
         finally:
-            store, self.store, self._view = self.store, None, None
-            if store is not None:
-                store.close()
+            self._view = None
+            self._resources.release_store()
 
     def close(self) -> None:
         """Write what waits, end the thread, remove a temporary folder. What is at the URL is left alone from then on."""
@@ -278,13 +335,12 @@ class Holding:
         finally:
             self._known = False
             self._finalizer()
-            if self._folder is not None:
-                self._remove_folder()
 
     def _opened(self) -> Store:
-        if self.store is None:
+        store = self._resources.store
+        if store is None:
             nbytes = self._cache.bytes_for(self._rollout_bytes)
-            self.store = trajstore.open(
+            store = self._resources.store = trajstore.open(
                 self.url,
                 mode="a",
                 cache_bytes=nbytes,
@@ -292,7 +348,7 @@ class Holding:
                 storage_options=options_for(self.url, self.storage_options),
                 bases=self.trusted,
             )
-        return self.store
+        return store
 
     def _open_for(self, first: Rollout) -> None:
         """Have a store that rollouts like this one can be filed in."""
@@ -305,8 +361,7 @@ class Holding:
             self.release()
             raise StoreExistsError(
                 f"{self.url} holds {held} trajectories of an earlier run: load_checkpoint() it to go on with them, or "
-                f"choose "
-                "another auto_save_path"
+                "choose another auto_save_path"
             )
         self._known = True
         if not store.schema.columns:

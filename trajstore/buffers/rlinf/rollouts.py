@@ -6,6 +6,7 @@ added.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf.columns import Rollout
 from trajstore.buffers.rlinf.index import Entry
 from trajstore.buffers.rlinf.trajectory import shape_of
-from trajstore.errors import LengthError, SelectionError
+from trajstore.errors import ColumnTypeError, LengthError, SelectionError
 from trajstore.schema import flatten, nest
 from trajstore.store import Store
 from trajstore.stored import Array
@@ -48,6 +49,7 @@ def taken_apart(fields: Mapping[str, Any]) -> Rollout | None:
 
     Raises:
         LengthError: It has no samples.
+        ColumnTypeError: Its ``max_episode_length`` is no whole number, or ``model_weights_id`` no text.
     """
     shape = shape_of(fields)
     if shape is None:
@@ -56,6 +58,10 @@ def taken_apart(fields: Mapping[str, Any]) -> Rollout | None:
         raise LengthError(
             f"a trajectory has {shape[0]} steps of {shape[1]} environments, expected at least one of each"
         )
+    for name, kind in ((EPISODE_LENGTH, numbers.Integral), (WEIGHTS, str)):
+        value = fields.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ColumnTypeError(f"field {name!r} is a {type(value).__name__}, expected {kind.__name__}")
     return parts.take_apart(fields, *shape)
 
 
@@ -108,10 +114,10 @@ def find(view: View) -> Found:
         )
     if not len(table):
         return Found([], np.empty(0, np.int64), None)
-    numbers = table[ID].to_numpy(np.int64)
+    ids = table[ID].to_numpy(np.int64)
     steps, envs = table[STEPS].to_numpy(np.int64), table[ENVS].to_numpy(np.int64)
     ends = np.cumsum(view.lengths)
-    changes = np.flatnonzero(np.diff(numbers)) + 1
+    changes = np.flatnonzero(np.diff(ids)) + 1
     entries: list[Entry] = []
     rows: list[Array] = []
     row = 0
@@ -119,9 +125,9 @@ def find(view: View) -> Found:
         samples = int(steps[row] * envs[row])
         begin = int(ends[row - 1]) if row else 0
         last = int(np.searchsorted(ends, begin + samples))
-        whole = last < len(table) and ends[last] == begin + samples and (numbers[row : last + 1] == numbers[row]).all()
+        whole = last < len(table) and ends[last] == begin + samples and (ids[row : last + 1] == ids[row]).all()
         if whole:
-            entries.append(Entry(int(numbers[row]), int(steps[row]), int(envs[row]), last + 1 - row))
+            entries.append(Entry(int(ids[row]), int(steps[row]), int(envs[row]), last + 1 - row))
             rows.append(np.arange(row, last + 1))
             row = last + 1
         else:

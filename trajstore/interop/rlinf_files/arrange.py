@@ -14,8 +14,8 @@ from typing import Any
 from trajstore.errors import SchemaConflictError, SelectionError
 from trajstore.interop.rlinf_files.directory import RlinfDirectory, TrajectoryFile, Url, open_directories
 from trajstore.interop.rlinf_files.documents import Metadata
-from trajstore.progress import counted
 from trajstore.interop.rlinf_files.writer import RlinfWriter
+from trajstore.progress import counted
 
 
 def plan_merge(ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

@@ -23,8 +23,8 @@ from trajstore.interop.rlinf_files.documents import (
     parse_index,
     parse_metadata,
 )
-from trajstore.progress import counted
 from trajstore.interop.rlinf_files.trajectory_file import check_pickle, decode
+from trajstore.progress import counted
 from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Filesystem
 

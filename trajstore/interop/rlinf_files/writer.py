@@ -22,8 +22,8 @@ from trajstore.interop.rlinf_files.documents import (
     entry_of,
     index_to_bytes,
 )
-from trajstore.progress import counted
 from trajstore.interop.rlinf_files.trajectory_file import encode
+from trajstore.progress import counted
 from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Buffer, ObjectInfo
 
