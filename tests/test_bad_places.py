@@ -16,8 +16,8 @@ import trajstore
 from trajstore import errors
 from trajstore.format.document import canonical, seal, unseal
 from trajstore.format.layout import snapshot_key
+from trajstore.opening import open_on
 from trajstore.storage.local import LocalFilesystem
-from trajstore.store import open_on
 
 
 def good(length=3):

@@ -22,6 +22,7 @@ LAYERS = [
     {"trajectory", "follows", "sampling"},
     {"view", "mix"},
     {"store"},
+    {"opening"},
     {"console", "report", "gym", "buffers"},
     {"demo"},
     {"cli"},

@@ -48,10 +48,11 @@ from trajstore.errors import (
 )
 from trajstore.feed.loader import Loader, LoaderStats
 from trajstore.mix import Mix, mix
+from trajstore.opening import open
 from trajstore.read.leases import CacheStats
 from trajstore.sample.window import future
 from trajstore.schema import Column, Schema
-from trajstore.store import Store, open
+from trajstore.store import Store
 from trajstore.trajectory import Trajectory, TrajectoryColumn
 from trajstore.view import View
 from trajstore.write.batch import TrajectoryRef

@@ -17,7 +17,6 @@ from tensordict import NonTensorData, TensorDict
 import trajstore
 from tests.buffers.test_ring import ListRing
 from trajstore.buffers import objectrl, stored_ring
-from trajstore.storage import single_file
 from trajstore.buffers.objectrl import ReplayBuffer
 from trajstore.buffers.ring_store import RingStore
 from trajstore.buffers.stored_ring import StoredRing
@@ -35,6 +34,7 @@ from trajstore.errors import (
     SelectionError,
     UnknownColumnError,
 )
+from trajstore.storage import single_file
 
 FIELDS = ("state", "next_state", "action", "reward", "terminated", "step", ("info", "note"))
 

@@ -133,7 +133,7 @@ class TestSampling:
             buffer.add_trajectories([changed])
             changed.actions.zero_()
             gate.set()
-            with pytest.raises(SelectionError, match="'actions' .* was changed in place .* copy_on_add"):
+            with pytest.raises(SelectionError, match=r"'actions' .* was changed in place .* copy_on_add"):
                 buffer.sample(1)
             assert len(buffer) == 3
             assert_parity(buffer, reference)

@@ -30,12 +30,13 @@ from tests.support.rollouts import (
     stream_rollout,
 )
 from trajstore.errors import ClosedError, CommitOutcomeUnknownError, StorageError, TrajstoreError
+from trajstore.opening import open_on
 from trajstore.schema import Column
 from trajstore.storage import commit, retry
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.local import LocalFilesystem
 from trajstore.storage.workers import Workers
-from trajstore.store import Store, open_on
+from trajstore.store import Store
 from trajstore.write.batch import WriteOptions
 from trajstore.write.blocks import BlockPool
 from trajstore.write.episode import Episode

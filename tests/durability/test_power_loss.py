@@ -22,9 +22,10 @@ from tests.support.rollouts import (
     stream_rollout,
 )
 from trajstore.errors import CommitError, StoreNotFoundError
+from trajstore.opening import open_on
 from trajstore.storage import commit
 from trajstore.storage.local import LocalFilesystem
-from trajstore.store import Store, open_on
+from trajstore.store import Store
 from trajstore.write.batch import WriteOptions
 
 _STREAM_STEPS = 150

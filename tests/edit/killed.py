@@ -1,6 +1,6 @@
 """Children that are killed in the middle of an edit, one for each system call that changes the disk.
 
-Run as ``python -m tests.edit.killed ACTION SOURCE OLD FOLDER``: for the n-th system call there is then ``FOLDER/n``, a copy
+Run as ``python -m tests.edit.killed ACTION SOURCE OLD FOLDER EVERY``: for every n-th system call there is then ``FOLDER/n``, a copy
 of the store ``OLD`` (or nothing, if there is none) on which a child did ACTION and died before that call. Prints how many.
 
 The parent imports everything and opens nothing, so a fork copies no lock that a thread might hold.
@@ -20,9 +20,9 @@ from pathlib import Path
 import trajstore
 from tests.edit.stores import CountingDisk
 from trajstore.edit.combine import combine
+from trajstore.opening import open_on
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.local import LocalFilesystem
-from trajstore.store import open_on
 
 _ROOT = Path(__file__).parents[2]
 _MOST = 400
@@ -75,18 +75,20 @@ class _DyingDisk(CountingDisk):
         super().overwrite(key, data, durable=durable)
 
 
-def kill_everywhere(action: str, source: str | Path, old: str | Path | None, folder: Path) -> list[Path]:
-    """What each child left, by the number of the call before which it died; the last ones died of nothing."""
+def kill_everywhere(
+    action: str, source: str | Path, old: str | Path | None, folder: Path, *, every: int = 1
+) -> list[Path]:
+    """What each child left, by the number of the call before which it died."""
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
-    command = [sys.executable, "-m", "tests.edit.killed", action, str(source), str(old or ""), str(folder)]
+    command = [sys.executable, "-m", "tests.edit.killed", action, str(source), str(old or ""), str(folder), str(every)]
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr.decode()
-    return [folder / str(at) for at in range(int(done.stdout))]
+    return [folder / str(at) for at in range(0, int(done.stdout), every)]
 
 
-def _main(action: str, source: str, old: str, folder: str) -> None:
-    for at in range(_MOST):
+def _main(action: str, source: str, old: str, folder: str, every: str) -> None:
+    for at in range(0, _MOST, int(every)):
         target = os.path.join(folder, str(at))
         if old:
             shutil.copytree(old, target)

@@ -13,7 +13,7 @@ from tests.edit.stores import HeldDisk, append, assert_holds, filled, holds, num
 from tests.support.race import race
 from trajstore import Column
 from trajstore.errors import ClosedError, IndexRangeError, ReadOnlyError, SchemaConflictError, SelectionError
-from trajstore.store import open_on
+from trajstore.opening import open_on
 from trajstore.write.batch import WriteOptions
 
 TIMEOUT_S = 60
@@ -291,6 +291,31 @@ def test_threads_of_one_handle_append_and_delete_and_reclaim(url):
         assert_holds(store.trajectories, found)
         assert len(found) >= 8
     holds(url, found)
+
+
+def test_a_commit_that_is_under_way_while_bytes_are_reclaimed_keeps_its_objects(url):
+    """Its manifest and segments are stored, and no version names them yet."""
+    filled(url, range(3))
+    disk = HeldDisk(url)
+    stored, reclaimed = threading.Event(), threading.Event()
+
+    def between(key, create):
+        if threading.current_thread().name == "trajstore-commit":
+            stored.set()
+            reclaimed.wait(0.5)  # reclaiming has to wait for this commit; were it not so, it would be done by then
+        elif not stored.is_set():
+            append(store, 3)  # after the flush of what was appended before
+            assert stored.wait(TIMEOUT_S)
+        return create()
+
+    store = open_on(disk, "a", options=WriteOptions(segment_bytes=1))
+    disk.around_create = between
+    store.delete([0], reclaim=True)
+    reclaimed.set()
+    store.flush()
+    assert_holds(store.trajectories, [1, 2, 3])
+    store.close()
+    holds(url, [1, 2, 3])
 
 
 def test_a_handle_never_goes_back_to_an_older_version(url):

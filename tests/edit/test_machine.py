@@ -195,5 +195,5 @@ class ManyEdits(Edits):
     """The same for longer."""
 
 
-ManyEdits.TestCase.settings = settings(stateful_step_count=40, max_examples=150, **RELAXED)
+ManyEdits.TestCase.settings = settings(stateful_step_count=30, max_examples=60, **RELAXED)
 TestManyEdits = pytest.mark.slow(ManyEdits.TestCase)

@@ -18,9 +18,9 @@ from tests.support.faulty import DISK_FAULTS, FaultyDisk
 from trajstore.edit.reclaim import reclaim
 from trajstore.errors import TrajstoreError, VersionExpiredError
 from trajstore.format import layout
+from trajstore.opening import open_on
 from trajstore.storage.commit import History
 from trajstore.storage.connect import connect
-from trajstore.store import open_on
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -220,11 +220,14 @@ def _finish(url, shown):
     assert sum(1 for name in objects_of(url) if name.startswith("manifests/")) == 2
 
 
-@pytest.mark.parametrize("action", ["reclaim", pytest.param("delete", marks=pytest.mark.slow)])
-def test_a_process_killed_anywhere_loses_nothing_and_the_next_try_works(tmp_path, action):
+@pytest.mark.parametrize(
+    ("action", "every"),
+    [("reclaim", 3), *(pytest.param(action, 1, marks=pytest.mark.slow) for action in ("reclaim", "delete"))],
+)
+def test_a_process_killed_anywhere_loses_nothing_and_the_next_try_works(tmp_path, action, every):
     old = filled(tmp_path / "old", range(6), per_commit=2)
-    left = kill_everywhere(action, old, old, tmp_path / "killed")
-    assert len(left) > (15 if action == "reclaim" else 5)
+    left = kill_everywhere(action, old, old, tmp_path / "killed", every=every)
+    assert len(left) > (15 if action == "reclaim" else 5) / every
     seen = set()
     for url in left:
         shown = check_left(url)
@@ -232,6 +235,7 @@ def test_a_process_killed_anywhere_loses_nothing_and_the_next_try_works(tmp_path
         if shown != KEPT:
             again(action, old, url)
         check_left(url, done=True)
-    for url in left[-4:]:
-        _finish(url, KEPT)
+    if action == "reclaim":
+        for url in left[-3:]:
+            _finish(url, KEPT)
     assert seen == {tuple(range(6)), tuple(KEPT)}

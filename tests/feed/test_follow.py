@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import trajstore
+from trajstore.opening import open_on
 from trajstore.read.selection import Selection
 from trajstore.storage.connect import connect
-from trajstore.store import open_on
 
 COLUMNS = ["obs", "action", "trajectory", "step"]
 

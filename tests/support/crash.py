@@ -33,9 +33,9 @@ from tests.support.rollouts import (
     make_pages_small,
     stream_rollout,
 )
+from trajstore.opening import open_on
 from trajstore.storage import commit
 from trajstore.storage.local import LocalFilesystem
-from trajstore.store import open_on
 from trajstore.write.batch import WriteOptions
 from trajstore.write.shard import ShardBuilder
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import trajstore
+from trajstore.opening import CacheOptions, open_on
 from trajstore.read.cache import DEFAULT_CACHE_BYTES
 from trajstore.storage.filesystem import Buffer, ReadRun
 from trajstore.storage.local import LocalFilesystem
-from trajstore.store import CacheOptions, open_on
 
 
 class WatchedDisk(LocalFilesystem):

@@ -84,7 +84,7 @@ class RingStore:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.url = os.fspath(url)
-        self._store = trajstore.store.open(url, mode, storage_options=storage_options)
+        self._store = trajstore.opening.open(url, mode, storage_options=storage_options)
 
     def __enter__(self) -> RingStore:
         return self

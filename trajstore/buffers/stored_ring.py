@@ -67,7 +67,7 @@ class StoredRing:
         self._start = 0  # number of the oldest row that counts
         self._origin = 0
         self._view: View | None = None
-        self._store = trajstore.store.open(url, "a", storage_options=storage_options)
+        self._store = trajstore.opening.open(url, "a", storage_options=storage_options)
         try:
             self._go_on()
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from trajstore.errors import CommitError, CommitOutcomeUnknownError, TrajstoreError
-from trajstore.format.manifest import SegmentEntry, TrajectoryRow
+from trajstore.format.layout import manifest_key
+from trajstore.format.manifest import (
+    Manifest,
+    SegmentEntry,
+    TrajectoryRow,
+    build_table,
+    check_metadata,
+    encode_manifest,
+    manifest_entry,
+)
+from trajstore.format.snapshot import ManifestEntry
 from trajstore.schema import Schema
 from trajstore.storage.commit import Version
+from trajstore.storage.filesystem import Filesystem, ObjectStream
 from trajstore.stored import Stored
 from trajstore.write.segment import SegmentBuilder
 
@@ -95,6 +107,22 @@ class Ending:
     reward_sum: float | None
     metadata: Mapping[str, Any]
 
+    def row(self, builder: SegmentBuilder, *, uuid: bytes, created_at: dt.datetime) -> TrajectoryRow:
+        """The manifest's row of the trajectory whose rows a segment received last."""
+        start, ordinal = builder.end_trajectory(self.length)
+        return TrajectoryRow(
+            uuid=uuid,
+            segment=builder.uuid,
+            start=start,
+            ordinal=ordinal,
+            length=self.length,
+            terminated=bool(self.terminated),
+            truncated=bool(self.truncated),
+            reward_sum=self.reward_sum,
+            created_at=created_at,
+            metadata=self.metadata,
+        )
+
 
 @dataclass(eq=False)
 class Batch:
@@ -110,6 +138,50 @@ class Batch:
     def uses(self, field_name: str) -> bool:
         """Whether a trajectory has this metadata field."""
         return any(field_name in row.metadata for _, row in self.rows)
+
+    def store(self, filesystem: Filesystem, schema: Schema) -> tuple[ManifestEntry, Manifest]:
+        """Store the segments and a manifest of them; when this returns, all of it is durable and nobody sees it yet."""
+        for builder in self.builders:
+            builder.close_pages()
+        segments = [builder.finish() for builder in self.builders]
+        fields = {name: kind for name, kind in schema.metadata.items() if self.uses(name)}
+        manifest = build_table([row for _, row in self.rows], [s.entry for s in segments], fields)
+        data = encode_manifest(manifest)
+        path = manifest_key(uuid.uuid4().hex)
+        objects: dict[str, Any] = {path: [data]}
+        streams: list[ObjectStream] = []
+        for segment in segments:
+            objects.update(segment.objects)
+            streams += segment.streams
+        # The manifest need not wait for the segments: nobody sees either before the snapshot.
+        filesystem.store(objects, streams)
+        return manifest_entry(path, data, manifest, first_id=0), manifest
+
+
+def checked_metadata(metadata: Mapping[str, Any], schema: Schema) -> tuple[dict[str, Any], Schema]:
+    """Metadata as it is stored, and the schema with the fields that it adds."""
+    stored, added = check_metadata(metadata, schema.metadata)
+    return stored, schema.with_metadata(added) if added else schema
+
+
+def endings_of(
+    columns: Mapping[str, Stored],
+    lengths: Sequence[int],
+    terminated: Sequence[bool],
+    truncated: Sequence[bool],
+    metadata: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    schema: Schema,
+) -> tuple[list[Ending], Schema]:
+    """What is known of several trajectories, and the schema with the fields that they add."""
+    common, schema = checked_metadata(shared, schema)
+    checked = []
+    for values in metadata:
+        fields, schema = checked_metadata(values, schema)
+        checked.append({**common, **fields})
+    rewards = total_rewards(schema, columns, lengths)
+    endings = [Ending(*e) for e in zip(lengths, terminated, truncated, rewards, checked, strict=True)]
+    return endings, schema
 
 
 def total_reward(schema: Schema, columns: Mapping[str, Stored]) -> float | None:

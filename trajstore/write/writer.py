@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 import os
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,20 +24,14 @@ from trajstore.errors import (
     StorageError,
     StorageTimeoutError,
 )
-from trajstore.format.layout import manifest_key
 from trajstore.format.manifest import (
-    Manifest,
     SegmentEntry,
     TrajectoryRow,
-    build_table,
-    check_metadata,
-    encode_manifest,
-    manifest_entry,
 )
 from trajstore.schema import Column, Schema
 from trajstore.storage.changes import Append, Change
 from trajstore.storage.commit import History, Version
-from trajstore.storage.filesystem import Filesystem, ObjectStream
+from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Stored
 from trajstore.values import check_trajectories, check_trajectory
@@ -48,9 +42,10 @@ from trajstore.write.batch import (
     FreshUuids,
     TrajectoryRef,
     WriteOptions,
+    checked_metadata,
+    endings_of,
     lost_error,
     total_reward,
-    total_rewards,
 )
 from trajstore.write.blocks import BlockPool
 from trajstore.write.segment import SegmentBuilder
@@ -139,7 +134,7 @@ class Writer:
         with self._begin_change():
             self._wait_for_room()
             trajectory, schema = check_trajectory(tree, self._schema)
-            fields, schema = _checked_metadata(metadata, schema)
+            fields, schema = checked_metadata(metadata, schema)
             reward_sum = total_reward(schema, trajectory.columns)
             ending = Ending(trajectory.length, terminated, truncated, reward_sum, fields)
             return self._append(trajectory.columns, schema, [ending])[0]
@@ -161,13 +156,7 @@ class Writer:
         with self._begin_change():
             self._wait_for_room()
             columns, schema = check_trajectories(tree, lengths, self._schema)
-            common, schema = _checked_metadata(shared, schema)
-            checked = []
-            for values in metadata:
-                fields, schema = _checked_metadata(values, schema)
-                checked.append({**common, **fields})
-            rewards = total_rewards(schema, columns, lengths)
-            endings = [Ending(*e) for e in zip(lengths, terminated, truncated, rewards, checked, strict=True)]
+            endings, schema = endings_of(columns, lengths, terminated, truncated, metadata, shared, schema)
             return self._append(columns, schema, endings)
 
     def _append(self, columns: Mapping[str, Stored], schema: Schema, endings: Sequence[Ending]) -> list[TrajectoryRef]:
@@ -249,7 +238,7 @@ class Writer:
         with self._begin_change():
             if builder not in self._streaming:
                 raise ClosedError(_LOST_STREAM)
-            fields, self._schema = _checked_metadata(metadata, self._schema)
+            fields, self._schema = checked_metadata(metadata, self._schema)
             self._streaming.remove(builder)
             self._open.builders.append(builder)
             ref, _ = self._add_row(builder, Ending(length, terminated, truncated, reward_sum, fields))
@@ -350,11 +339,8 @@ class Writer:
     def _has_room(self) -> bool:
         if len(self._queue) >= _MAX_QUEUED_BATCHES:
             return False
-        waiting = 0
-        for builders in (self._streaming, self._open.builders, *(batch.builders for batch in self._queue)):
-            for builder in builders:
-                waiting += builder.full_bytes + builder.encoding_bytes
-        return waiting < self.options.write_buffer_bytes
+        builders = itertools.chain(self._streaming, self._open.builders, *(batch.builders for batch in self._queue))
+        return sum(b.full_bytes + b.encoding_bytes for b in builders) < self.options.write_buffer_bytes
 
     def _new_builder(self, columns: list[Column]) -> SegmentBuilder:
         return SegmentBuilder(
@@ -371,20 +357,8 @@ class Writer:
             self._pump_wanted = True
 
     def _add_row(self, builder: SegmentBuilder, ending: Ending) -> tuple[TrajectoryRef, TrajectoryRow]:
-        start, ordinal = builder.end_trajectory(ending.length)
-        ref = TrajectoryRef(self._uuids.next())
-        row = TrajectoryRow(
-            uuid=ref._uuid,
-            segment=builder.uuid,
-            start=start,
-            ordinal=ordinal,
-            length=ending.length,
-            terminated=bool(ending.terminated),
-            truncated=bool(ending.truncated),
-            reward_sum=ending.reward_sum,
-            created_at=self._now(),
-            metadata=ending.metadata,
-        )
+        row = ending.row(builder, uuid=self._uuids.next(), created_at=self._now())
+        ref = TrajectoryRef(row.uuid)
         if not self._open.rows:
             self._open.opened_at = time.monotonic()
             self._pump_wanted = True  # so that the thread learns of the deadline
@@ -517,26 +491,11 @@ class Writer:
             self._condition.notify_all()
 
     def _commit(self, batch: Batch) -> tuple[Version, list[SegmentEntry]]:
-        for builder in batch.builders:
-            builder.close_pages()
-        segments = [builder.finish() for builder in batch.builders]
-        schema = batch.schema or self._schema
-        fields = {name: kind for name, kind in schema.metadata.items() if batch.uses(name)}
-        manifest = build_table([row for _, row in batch.rows], [s.entry for s in segments], fields)
-        data = encode_manifest(manifest)
-        path = manifest_key(uuid.uuid4().hex)
-        objects: dict[str, Any] = {path: [data]}
-        streams: list[ObjectStream] = []
-        for segment in segments:
-            objects.update(segment.objects)
-            streams += segment.streams
-        # The manifest need not wait for the segments: nobody sees either before the snapshot.
-        self._filesystem.store(objects, streams)
-        entry = manifest_entry(path, data, manifest, first_id=0)
-        change = Append(schema, (entry,), nbytes=sum(s.entry.nbytes for s in segments))
+        entry, manifest = batch.store(self._filesystem, batch.schema or self._schema)
+        change = Append(batch.schema or self._schema, (entry,), nbytes=sum(s.nbytes for s in manifest.segments))
         version = self._history.commit(change, self._head)
-        self._history.remember(entry, Manifest(manifest.table, manifest.segments))
-        return version, [segment.entry for segment in segments]
+        self._history.remember(entry, manifest)
+        return version, list(manifest.segments)
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         failed = [batch]
@@ -559,8 +518,3 @@ class Writer:
         self._settled = self._queue[0].number - 1 if self._queue else self._open.number - 1
         self._errors.append(lost_error(error, sum(len(one.rows) for one in failed)))
         self._condition.notify_all()
-
-
-def _checked_metadata(metadata: Mapping[str, Any], schema: Schema) -> tuple[dict[str, Any], Schema]:
-    stored, added = check_metadata(metadata, schema.metadata)
-    return stored, schema.with_metadata(added) if added else schema
