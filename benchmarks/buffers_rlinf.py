@@ -188,9 +188,11 @@ def _add(context: Context, kind: str, about: str) -> Iterator[Measurement]:
         os.sync()  # what others wrote is not written back at this one's expense
         return Path(tempfile.mkdtemp(dir=context.scratch))
 
-    def buffer() -> tuple[Path, TrajectoryReplayBuffer]:
+    def buffer(*, copy_on_add: bool = False) -> tuple[Path, TrajectoryReplayBuffer]:
         path = directory()
-        return path, TrajectoryReplayBuffer(auto_save=True, auto_save_path=str(path / "run"), cache_bytes=CACHE_BYTES)
+        return path, TrajectoryReplayBuffer(
+            auto_save=True, auto_save_path=str(path / "run"), cache_bytes=CACHE_BYTES, copy_on_add=copy_on_add
+        )
 
     def close(made: tuple[Path, TrajectoryReplayBuffer]) -> None:
         made[1].close()
@@ -210,10 +212,16 @@ def _add(context: Context, kind: str, about: str) -> Iterator[Measurement]:
             Contender(
                 name="add", prepare=buffer, run=lambda made: made[1].add_trajectories(trajectories), cleanup=close
             ),
+            Contender(
+                name="add, copied",
+                prepare=lambda: buffer(copy_on_add=True),
+                run=lambda made: made[1].add_trajectories(trajectories),
+                cleanup=close,
+            ),
             Contender(name="add, close", prepare=buffer, run=add_and_close, cleanup=close),
             *(Contender(name=name, prepare=directory, run=run, cleanup=shutil.rmtree) for name, run in saving.items()),
         ],
-        rounds=context.pick(7, 3),
+        rounds=context.pick(5, 3),
     )
     yield Measurement(
         name=f"rlinf add, {kind}",
@@ -230,6 +238,13 @@ def _add(context: Context, kind: str, about: str) -> Iterator[Measurement]:
         measured=ratio_of_medians(timings, "torch.save, 20 threads", "add"),
         timings=timings,
         spread=paired_ratios(timings, "torch.save, 20 threads", "add"),
+    )
+    yield Measurement(
+        name=f"rlinf add copied, {kind}",
+        what="the same with `copy_on_add=True`: speed / `torch.save` of the same",
+        measured=ratio_of_medians(timings, "torch.save", "add, copied"),
+        timings=timings,
+        spread=paired_ratios(timings, "torch.save", "add, copied"),
     )
     yield Measurement(
         name=f"rlinf add and close, {kind}",

@@ -1,7 +1,8 @@
 """Children that are killed in the middle of an edit, one for each system call that changes the disk.
 
-Run as ``python -m tests.edit.killed ACTION SOURCE OLD FOLDER EVERY``: for every n-th system call there is then ``FOLDER/n``, a copy
-of the store ``OLD`` (or nothing, if there is none) on which a child did ACTION and died before that call. Prints how many.
+Run as ``python -m tests.edit.killed ACTION SOURCE OLD FOLDER EVERY``: for every n-th system call there is then ``FOLDER/n``,
+a copy of the store ``OLD`` (or nothing, if there is none) on which a child did ACTION and died before that call. Prints how
+many calls there are.
 
 The parent imports everything and opens nothing, so a fork copies no lock that a thread might hold.
 """
