@@ -72,6 +72,8 @@ class Edits(RuleBasedStateMachine):
     @rule(handle=HANDLES, count=st.integers(1, 5))
     def append_many(self, handle, count):
         numbers = self.fresh(count)
+        if not len(self.handles[handle].schema):  # it was cleared
+            self.handles[handle].declare(SCHEMA)
         refs = self.handles[handle].append_many(
             joined(numbers),
             [length_of(n) for n in numbers],
@@ -114,6 +116,7 @@ class Edits(RuleBasedStateMachine):
     def clear(self, handle):
         self.flush(1 - handle)  # what waits there has columns of its own to fit
         self.handles[handle].clear()
+        self.looked.discard(handle)  # it begins anew: the next look commits
         self.commit(handle)
         self.versions[self.latest + 1] = []
 
@@ -195,5 +198,5 @@ class ManyEdits(Edits):
     """The same for longer."""
 
 
-ManyEdits.TestCase.settings = settings(stateful_step_count=30, max_examples=60, **RELAXED)
+ManyEdits.TestCase.settings = settings(stateful_step_count=30, max_examples=200, **RELAXED)
 TestManyEdits = pytest.mark.slow(ManyEdits.TestCase)

@@ -155,16 +155,19 @@ class History:
             CommitOutcomeUnknownError: The storage never said whether it landed.
         """
         commit_id = uuid.uuid4().hex
-        merged = self._merge_manifests(head.snapshot) if change.merges else None
+        merged = None
+        if change.merges:
+            try:
+                merged = self._merge_manifests(head.snapshot)
+            except MissingObjectError:
+                head = self._after(head)
         deadline = time.monotonic() + self._commit_timeout_s
         lost = 0
         while True:
             try:
                 changed = change.apply(head.snapshot, merged, self.read_manifests)
-            except IndexRangeError:  # what is not there may have come since
-                known, head = head, self.latest(head.number)
-                if head.number == known.number:
-                    raise
+            except (IndexRangeError, MissingObjectError):
+                head = self._after(head)
                 continue
             snapshot = replace(
                 changed,
@@ -213,6 +216,16 @@ class History:
                 )
             read[entry.path] = decode_manifest(entry, data, columns)
         return [read[e.path] for e in entries]
+
+    def _after(self, head: Version) -> Version:
+        """A later version: it may have what is not in this one, and another handle may have reclaimed what this one needs.
+
+        Raises again what is being handled, if there is none.
+        """
+        latest = self.latest(head.number)
+        if latest.number == head.number:
+            raise  # noqa: PLE0704
+        return latest
 
     def _merge_manifests(self, parent: Snapshot) -> MergedManifests | None:
         first = merge_from([entry.rows for entry in parent.manifests])
