@@ -165,6 +165,17 @@ def test_a_delete_lands_on_what_another_handle_appended_meanwhile(url):
             other.delete([5])
 
 
+def test_a_handle_goes_on_after_another_has_reclaimed_what_its_version_needs(url):
+    filled(url, range(8))
+    with trajstore.open(url, "a") as one, trajstore.open(url, "a") as other, trajstore.open(url, "a") as third:
+        other.delete([0, 3], reclaim=True)
+        assert one.delete([5]) == 10
+        append(third, 8)
+        third.flush()
+        assert_holds(third.trajectories, [1, 2, 4, 6, 7, 8])
+    holds(url, [1, 2, 4, 6, 7, 8])
+
+
 def test_of_two_deletes_of_the_same_trajectory_one_fails_and_says_so(url):
     filled(url, range(4))
     with trajstore.open(url, "a") as one, trajstore.open(url, "a") as other:

@@ -159,15 +159,15 @@ class History:
         if change.merges:
             try:
                 merged = self._merge_manifests(head.snapshot)
-            except MissingObjectError:
-                head = self._after(head)
+            except MissingObjectError as error:
+                head = self._after(head, error)
         deadline = time.monotonic() + self._commit_timeout_s
         lost = 0
         while True:
             try:
                 changed = change.apply(head.snapshot, merged, self.read_manifests)
-            except (IndexRangeError, MissingObjectError):
-                head = self._after(head)
+            except (IndexRangeError, MissingObjectError) as error:
+                head = self._after(head, error)
                 continue
             snapshot = replace(
                 changed,
@@ -217,14 +217,15 @@ class History:
             read[entry.path] = decode_manifest(entry, data, columns)
         return [read[e.path] for e in entries]
 
-    def _after(self, head: Version) -> Version:
+    def _after(self, head: Version, error: TrajstoreError) -> Version:
         """A later version: it may have what is not in this one, and another handle may have reclaimed what this one needs.
 
-        Raises again what is being handled, if there is none.
+        Raises:
+            TrajstoreError: The error, if there is none.
         """
         latest = self.latest(head.number)
         if latest.number == head.number:
-            raise  # noqa: PLE0704
+            raise error
         return latest
 
     def _merge_manifests(self, parent: Snapshot) -> MergedManifests | None:
