@@ -29,7 +29,7 @@ _ABOUT = {"max_episode_length": int, "model_weights_id": str}
 _SHARED_FROM = 0.75  # of the steps have to repeat before an observation is stored once
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/~\\:*?"<>|#%\[\]]')
 _ESCAPED = re.compile(r"~([0-9A-F]{2})")
-_PAGE_BYTES = 64 * 1024  # steps are drawn one by one: large pages would mostly be read for nothing
+_PAGE_BYTES = 32 * 1024  # steps are drawn one by one: large pages would mostly be read for nothing
 _LARGE_ROW_BYTES = 1024
 
 
