@@ -16,7 +16,7 @@ import trajstore
 from tests.buffers.test_rlinf_buffer import made, reference_of, saved_at
 from tests.buffers.test_rlinf_parity import assert_parity
 from tests.support.rlinf_reference import with_attributes
-from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
+from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, import_directories
 from trajstore.errors import (
     ColumnTypeError,
     CorruptionError,
@@ -24,6 +24,7 @@ from trajstore.errors import (
     IndexRangeError,
     MissingObjectError,
     SelectionError,
+    StoreExistsError,
     StoreNotFoundError,
 )
 
@@ -111,19 +112,55 @@ class TestBadInput:
         self.refused(buffer, error, "trajectory_2_weights", lambda: buffer.load_checkpoint(tmp_path / "c"))
         assert not [name for name in os.listdir(tmp_path) if name.startswith("trajstore-load")]
 
-    @pytest.mark.parametrize(("rank", "ranks"), [(3, 3), (-1, 3), (0, 0)])
-    def test_ranks(self, buffer: TrajectoryReplayBuffer, tmp_path: Path, rank: int, ranks: int) -> None:
+    @pytest.mark.parametrize(
+        ("rank", "ranks", "match"),
+        [
+            (3, 3, "^rank 3 of 3, expected 0 to 2$"),
+            (-1, 3, "^rank -1 of 3, expected 0 to 2$"),
+            (0, 0, "^world_size=0, expected at least 1$"),
+            (5, -2, "^world_size=-2, expected at least 1$"),
+        ],
+    )
+    def test_ranks(self, buffer: TrajectoryReplayBuffer, tmp_path: Path, rank: int, ranks: int, match: str) -> None:
         saved_at(tmp_path / "c", made(3, first=7))
         load: Callable[[], None] = lambda: buffer.load_checkpoint(tmp_path / "c", True, rank, ranks)  # noqa: E731
-        self.refused(buffer, IndexRangeError, f"rank {rank} of {ranks}", load)
+        self.refused(buffer, IndexRangeError, match, load)
 
-    def test_more_ranks_than_trajectories(self, tmp_path: Path) -> None:
-        saved_at(tmp_path / "c", made(2))
+    def test_no_ranks_under_the_name_of_the_first_generation(self, buffer: TrajectoryReplayBuffer) -> None:
+        with pytest.raises(IndexRangeError, match=r"^load_split_num=0, expected at least 1$"):
+            buffer.load_checkpoint("c", is_distributed=True, load_rank=0, load_split_num=0)
+
+    @pytest.mark.parametrize("form", ["store", "pt"])
+    def test_more_ranks_than_trajectories(self, buffer: TrajectoryReplayBuffer, tmp_path: Path, form: str) -> None:
+        saved_at(tmp_path / "c", made(2), trajectory_format=form)
+        match = f"rank 4 of 5 gets none of the 2 trajectories of {tmp_path / 'c'}.*at most 2 ranks"
+        load: Callable[[], None] = lambda: buffer.load_checkpoint(tmp_path / "c", True, 4, 5)  # noqa: E731
+        self.refused(buffer, UserWarning, match, load)  # where warnings are errors
+        with pytest.warns(UserWarning, match=match) as caught:
+            load()
+        assert [warning.filename for warning in caught] == [__file__]
+        assert_parity(buffer, reference_of([]))
+        buffer.add_trajectories(made(1))
+        assert_parity(buffer, reference_of(made(1), seed=9))
+
+    @pytest.mark.parametrize("form", ["store", "pt"])
+    def test_ranks_of_an_empty_checkpoint_are_no_surprise(self, tmp_path: Path, form: str) -> None:
+        saved_at(tmp_path / "c", [], trajectory_format=form)
         with TrajectoryReplayBuffer() as buffer:
-            buffer.load_checkpoint(tmp_path / "c", True, 4, 5)
+            buffer.load_checkpoint(tmp_path / "c", True, 1, 2)
             assert_parity(buffer, reference_of([]))
-            buffer.add_trajectories(made(1))
-            assert_parity(buffer, reference_of(made(1), seed=9))
+
+    def test_one_trajectory_that_is_in_no_list(self, buffer: TrajectoryReplayBuffer) -> None:
+        one = made(1)[0]
+        takes = "add_trajectories takes a list of trajectories; got "
+        self.refused(buffer, ColumnTypeError, takes + r"one: pass \[trajectory\]", lambda: buffer.add_trajectories(one))
+        with pytest.raises(ColumnTypeError, match=takes + r"a dict: pass \[Trajectory\(\*\*fields\)\]"):
+            buffer.add_trajectories(vars(one))
+
+    def test_a_generator_of_trajectories_is_fine(self) -> None:
+        with TrajectoryReplayBuffer() as buffer:
+            buffer.add_trajectories(trajectory for trajectory in made(3))
+            assert_parity(buffer, reference_of(made(3)))
 
     def test_places(self, buffer: TrajectoryReplayBuffer, tmp_path: Path) -> None:
         with trajstore.open(tmp_path / "other", "x") as store:
@@ -136,7 +173,41 @@ class TestBadInput:
         with pytest.raises(OSError, match="file"):
             buffer.save_checkpoint(tmp_path / "file")
         load: Callable[[], None] = lambda: buffer.load_checkpoint(tmp_path / "nothing")  # noqa: E731
-        self.refused(buffer, StoreNotFoundError, "nothing", load)
+        self.refused(buffer, StoreNotFoundError, "no checkpoint at .*nothing: neither a store nor RLinf's files", load)
+
+    @pytest.mark.parametrize("form", ["store", "pt"])
+    @pytest.mark.parametrize("above", ["nothing", "an empty store", "another store"])
+    def test_the_folder_above_the_ranks(
+        self, buffer: TrajectoryReplayBuffer, tmp_path: Path, form: str, above: str
+    ) -> None:
+        place = tmp_path / "ranks"
+        for rank in range(4):
+            saved_at(place / f"rank_{rank}", made(1, first=rank), trajectory_format=form)
+        if above != "nothing":
+            with trajstore.open(place, "x") as store:
+                if above == "another store":
+                    store.append({"a": [1, 2]})
+        match = (
+            rf"^{place} is not one buffer, but a folder of 4 \(rank_0, rank_1, rank_2, ...\): load one of them, "
+            f"{place}/rank_0, or merge them first with `trajstore rlinf merge-or-split --source-path {place} "
+        )
+        self.refused(buffer, StoreNotFoundError, match, lambda: buffer.load_checkpoint(f"{place}/"))
+
+    def test_a_store_that_is_none_of_rollouts(self, buffer: TrajectoryReplayBuffer, tmp_path: Path) -> None:
+        with trajstore.open(tmp_path / "other", "x") as store:
+            store.append({"a": [1, 2]})
+        match = "no field 'trajectory_id'; name a store that a TrajectoryReplayBuffer wrote, or sample this one with"
+        self.refused(buffer, SelectionError, match, lambda: buffer.load_checkpoint(tmp_path / "other"))
+
+    def test_importing_a_store(self, tmp_path: Path) -> None:
+        for rank in range(2):
+            saved_at(tmp_path / "ranks" / f"rank_{rank}", made(1))
+        for source, match in ((tmp_path / "ranks/rank_0", "is a store already"), (tmp_path / "ranks", "holds stores")):
+            with pytest.raises(StoreExistsError, match=f"^{source} {match}"):
+                import_directories(source, tmp_path / "out")
+        with pytest.raises(StoreNotFoundError, match=r"neither metadata\.json nor a folder rank_"):
+            import_directories(tmp_path / "nothing", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
     def test_a_damaged_store(self, buffer: TrajectoryReplayBuffer, tmp_path: Path) -> None:
         saved_at(tmp_path / "c", made(3, first=7))

@@ -85,6 +85,11 @@ def given_by(arguments: list[str]) -> dict[str, Any]:
     return {"storage_options": parse_options(arguments[1::2])} if arguments else {}
 
 
+def in_the_store(url: str | Path, **given: Any) -> str:
+    with trajstore.open(url, **given) as store:
+        return f" ({len(store.trajectories)} trajectories in the store)"
+
+
 class TestMergeOrSplit:
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("copy", [False, True])
@@ -95,7 +100,7 @@ class TestMergeOrSplit:
         before = contents(tmp_path / "ranks")
         merged, flags = tmp_path / "merged", ["--copy"] if copy else []
         text = run("rlinf", "merge-or-split", "--source-path", tmp_path / "ranks", "--save-path", merged, *flags)
-        assert "9 trajectories in" in text
+        assert f"9 rollouts{in_the_store(merged) if form == 'store' else ''} in" in text
         assert contents(tmp_path / "ranks") == before
         expected = [part[n] for n in range(4) for part in parts if n < len(part)]
         assert_holds(merged, expected)
@@ -131,7 +136,7 @@ class TestMergeOrSplit:
         before = contents(tmp_path / "buffer")
         paths = ["--source-path", tmp_path / "buffer", "--save-path", tmp_path / "split"]
         flags = ["--copy"] if copy else []
-        assert "3 trajectories" in run("rlinf", "merge-or-split", *paths, "--split-count", "3", *flags)
+        assert "3 rollouts" in run("rlinf", "merge-or-split", *paths, "--split-count", "3", *flags)
         assert contents(tmp_path / "buffer") == before
         assert_holds(tmp_path / "split", trajectories[:3])
         if form == "store":
@@ -194,11 +199,12 @@ class TestImportAndExport:
         reference.save(tmp_path / "theirs", form)
         trust = ["--allow-pickle"] if form == "pkl" else []
         text = run("rlinf", "import", tmp_path / "theirs", url("store"), *trust, *arguments)
-        assert "4 trajectories in" in text
+        told = in_the_store(url("store"), **given_by(arguments))
+        assert f"4 rollouts{told} in" in text
         assert_holds(url("store"), trajectories, **given_by(arguments))
         for target in (url("files"), str(tmp_path / "local")):
             text = run("rlinf", "export", url("store"), target, "--format", form, *arguments)
-            assert "4 trajectories, 48 samples" in text
+            assert f"4 rollouts{told}, 48 samples" in text
             assert_holds(target, trajectories, allow_pickle=True, **given_by(arguments))
         run("rlinf", "import", url("files"), tmp_path / "again", *trust, *arguments)
         assert_holds(tmp_path / "again", trajectories)
@@ -215,7 +221,7 @@ class TestImportAndExport:
 
     def test_what_cannot_be(self, run: Callable[..., str], tmp_path: Path) -> None:
         saved(tmp_path / "files", made(2), "pkl")
-        assert "allow_pickle" in run("rlinf", "import", tmp_path / "files", tmp_path / "store", code=1)
+        assert "--allow-pickle" in run("rlinf", "import", tmp_path / "files", tmp_path / "store", code=1)
         assert "nothing" in run("rlinf", "import", tmp_path / "nothing", tmp_path / "store", code=1)
         saved(tmp_path / "full", made(1), "store")
         again = ("rlinf", "import", tmp_path / "files", tmp_path / "full", "--allow-pickle")
@@ -279,6 +285,6 @@ class TestSampleModule:
     def test_what_cannot_be(self, run: Callable[..., str], tmp_path: Path) -> None:
         assert "nothing" in run("--load-path", tmp_path / "nothing", module=True, code=1)
         saved(tmp_path / "c", made(1), "pkl")
-        assert "allow_pickle" in run("--load-path", tmp_path / "c", module=True, code=1)
+        assert "--allow-pickle" in run("--load-path", tmp_path / "c", module=True, code=1)
         saved(tmp_path / "empty", [], "store")
         assert "empty buffer" in run("--load-path", tmp_path / "empty", module=True, code=1)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import trajstore
-from tests.support.rlinf_reference import random_trajectory
-from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
+from tests.buffers.test_rlinf_parity import assert_parity
+from tests.support.rlinf_reference import ReferenceBuffer, random_trajectory
+from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
 from trajstore.buffers.rlinf.arrange import merge_or_split, refers_to
-from trajstore.errors import ColumnTypeError, CorruptionError, UntrustedBaseError
+from trajstore.errors import ClosedError, ColumnTypeError, CorruptionError, SelectionError, UntrustedBaseError
 
 
 def some(count: int) -> list[Trajectory]:
@@ -74,6 +77,177 @@ class TestSharing:
                 buffer.load_checkpoint(tmp_path / "checkpoint")
             assert len(buffer) == 2
             buffer.sample(4)
+
+
+def tiny(first: int, count: int) -> list[Trajectory]:
+    """Each holds its number, in one step or two of one environment."""
+    return [
+        Trajectory(rewards=torch.full((1 + number % 2, 1), float(number)), model_weights_id=f"w{number}")
+        for number in range(first, first + count)
+    ]
+
+
+def numbers_at(path: Path, **knobs: Any) -> list[float]:
+    """What a checkpoint holds, read with a buffer that keeps and samples everything."""
+    with TrajectoryReplayBuffer(sample_window_size=0, allow_pickle=True, **knobs) as buffer:
+        buffer.load_checkpoint(path)
+        return [float(fields["rewards"][0, 0]) for _, fields in buffer._holding.read()]
+
+
+@pytest.fixture(scope="module", params=["store", "pt", "pkl"])
+def form(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, form: str) -> Path:
+    """Of 130 trajectories."""
+    place = tmp_path_factory.mktemp(form) / "checkpoint"
+    with TrajectoryReplayBuffer(sample_window_size=0, trajectory_format=form) as buffer:
+        buffer.add_trajectories(tiny(0, 130))
+        buffer.save_checkpoint(place)
+    return place
+
+
+class TestKeeping:
+    @pytest.mark.parametrize("window", [0, 5, 100])
+    def test_what_was_loaded_is_saved(self, checkpoint: Path, form: str, window: int, tmp_path: Path) -> None:
+        with TrajectoryReplayBuffer(sample_window_size=window, trajectory_format=form, allow_pickle=True) as buffer:
+            buffer.load_checkpoint(checkpoint)
+            assert (len(buffer), buffer.total_samples) == (130, 195)
+            drawn = buffer.sample(10_000)["rewards"]  # sampling has its own window
+            assert set(drawn.tolist()) <= set(range(130 - (window or 130), 130))
+            buffer.save_checkpoint(tmp_path / "again")
+        assert numbers_at(tmp_path / "again") == list(range(130))
+
+    @pytest.mark.parametrize(("window", "added"), [(0, 3), (5, 3), (5, 300), (100, 131)])
+    def test_as_many_of_the_newest_as_were_loaded(
+        self, checkpoint: Path, form: str, window: int, added: int, tmp_path: Path
+    ) -> None:
+        with TrajectoryReplayBuffer(sample_window_size=window, trajectory_format=form, allow_pickle=True) as buffer:
+            buffer.load_checkpoint(checkpoint)
+            buffer.add_trajectories(tiny(130, added))
+            assert len(buffer) == 130 + added
+            buffer.save_checkpoint(tmp_path / "again")
+            buffer.load_checkpoint(tmp_path / "again")  # as many again
+            buffer.save_checkpoint(tmp_path / "once more")
+        everything = list(range(130 + added))
+        expected = everything if not window else everything[-130:]
+        assert numbers_at(tmp_path / "again") == numbers_at(tmp_path / "once more") == expected
+
+    @pytest.mark.parametrize("way", ["clear", "load"])
+    def test_until_it_is_cleared_or_something_else_is_loaded(
+        self, checkpoint: Path, form: str, way: str, tmp_path: Path
+    ) -> None:
+        with TrajectoryReplayBuffer(sample_window_size=5, trajectory_format=form, allow_pickle=True) as buffer:
+            buffer.add_trajectories(tiny(0, 2))
+            buffer.save_checkpoint(tmp_path / "two")
+            buffer.load_checkpoint(checkpoint)
+            if way == "clear":
+                buffer.clear()
+            else:
+                buffer.load_checkpoint(tmp_path / "two")
+            buffer.add_trajectories(tiny(500, 30))
+            buffer.save_checkpoint(tmp_path / "again")
+        assert numbers_at(tmp_path / "again") == list(range(525, 530))
+
+    def test_a_rank_keeps_its_share(self, checkpoint: Path, form: str, tmp_path: Path) -> None:
+        with TrajectoryReplayBuffer(sample_window_size=5, trajectory_format=form, allow_pickle=True) as buffer:
+            buffer.load_checkpoint(checkpoint, True, 1, 2)
+            buffer.save_checkpoint(tmp_path / "again")
+        assert numbers_at(tmp_path / "again") == list(range(65, 130))
+
+    def test_what_is_loaded_and_added_to_is_bounded_on_disk(self, checkpoint: Path) -> None:
+        with TrajectoryReplayBuffer(sample_window_size=5, allow_pickle=True) as buffer:
+            buffer.load_checkpoint(checkpoint)
+            for number in range(0, 600, 50):
+                buffer.add_trajectories(tiny(number, 50))
+                assert buffer.store is not None
+                assert len(buffer.store.trajectories) <= 2 * 130
+
+
+class TestFlush:
+    def test_what_was_added_is_there_whatever_happens_next(self, tmp_path: Path) -> None:
+        with TrajectoryReplayBuffer(seed=3, auto_save=True, auto_save_path=tmp_path / "run") as buffer:
+            buffer.flush()  # of nothing
+            for count in (3, 5):
+                buffer.add_trajectories(some(count))
+                buffer.flush()
+                shutil.copytree(tmp_path / "run", tmp_path / f"killed {count}")  # what a kill would leave
+            buffer.add_trajectories(some(1))
+            buffer.clear_cache()
+            buffer.flush()  # the store is not open
+            with trajstore.open(tmp_path / "run") as store:
+                assert len(rollouts.find(store.trajectories).entries) == 9
+        for count, held in ((3, 3), (5, 8)):
+            place = tmp_path / f"killed {count}"
+            with TrajectoryReplayBuffer(auto_save=True, auto_save_path=place) as again:
+                again.load_checkpoint(place)
+                assert len(again) == held
+                reference = ReferenceBuffer(seed=3)
+                reference.add([*some(3), *some(5)][:held])
+                assert_parity(again, reference)
+
+    def test_a_temporary_folder_and_a_closed_buffer(self) -> None:
+        buffer = TrajectoryReplayBuffer()
+        buffer.add_trajectories(some(2))
+        buffer.flush()
+        assert buffer.store is not None
+        with trajstore.open(buffer.store.url) as store:
+            assert len(rollouts.find(store.trajectories).entries) == 2
+        buffer.close()
+        with pytest.raises(ClosedError, match="closed"):
+            buffer.flush()
+
+
+class TestMergeOrSplit:
+    @pytest.mark.parametrize("form", ["store", "pt"])
+    def test_of_the_working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+        for rank in range(2):
+            with TrajectoryReplayBuffer(trajectory_format=form) as buffer:
+                buffer.add_trajectories(tiny(10 * rank, 2))
+                buffer.save_checkpoint(tmp_path / f"ranks/rank_{rank}")
+        monkeypatch.chdir(tmp_path / "ranks")
+        with pytest.raises(SelectionError, match="save_path="):
+            merge_or_split()
+        assert merge_or_split(save_path="merged") == 4
+        assert numbers_at(tmp_path / "ranks/merged") == [0, 10, 1, 11]
+        monkeypatch.chdir("merged")
+        assert merge_or_split(save_path="../first", split_count=3) == 3
+        assert numbers_at(tmp_path / "ranks/first") == [0, 10, 1]
+
+    def test_a_copy_outside_the_parent_folder_needs_no_trust(self, tmp_path: Path) -> None:
+        for rank in range(2):
+            saved(str(tmp_path / f"m/rank_{rank}"))
+        merge_or_split(tmp_path / "m", tmp_path / "y/merged", copy=True)
+        assert refers_to(tmp_path / "y/merged") == []
+        with TrajectoryReplayBuffer() as buffer:
+            buffer.load_checkpoint(tmp_path / "y/merged")
+            assert len(buffer) == 6
+
+
+class TestTitles:
+    """What the bar says: whether bytes are copied or shared."""
+
+    @pytest.mark.parametrize(("share", "title"), [("link", "linking, or copying between disks"), ("copy", "copying")])
+    def test_of_a_store(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], share: Any, title: str) -> None:
+        with TrajectoryReplayBuffer() as buffer:
+            buffer.add_trajectories(some(1))
+            buffer.save_checkpoint(tmp_path / "c", share=share, progress=True)
+            assert capsys.readouterr().err.startswith(title + " ")
+            buffer.save_checkpoint(f"memory://{uuid.uuid4().hex}/c", share=share, progress=True)
+            assert capsys.readouterr().err.startswith("copying ")
+            buffer.load_checkpoint(tmp_path / "c", progress=True)
+            assert capsys.readouterr().err.startswith("linking, or copying between disks ")
+
+    @pytest.mark.parametrize(("copy", "title"), [(False, "linking, or copying between disks"), (True, "copying")])
+    def test_of_files(self, tmp_path: Path, capfd: pytest.CaptureFixture[str], copy: bool, title: str) -> None:
+        with TrajectoryReplayBuffer(trajectory_format="pt") as buffer:
+            buffer.add_trajectories(some(2))
+            buffer.save_checkpoint(tmp_path / "c")
+        capfd.readouterr()
+        merge_or_split(tmp_path / "c", tmp_path / "part", split_count=1, copy=copy, progress=True)
+        assert capfd.readouterr().err.startswith(title + " ")
 
 
 class TestGivingBack:

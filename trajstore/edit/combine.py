@@ -232,7 +232,9 @@ def _copy(
 ) -> int:
     """Have objects of other stores in the target; bytes written."""
     total = sum(o.nbytes for _, objects in lots for o in objects)
-    with byte_progress("copying", total, shown=progress) as advance:
+    on_disks = "://" not in "".join([target.url, *(filesystem.url for filesystem, _ in lots)])
+    title = "linking, or copying between disks" if link and on_disks else "copying"
+    with byte_progress(title, total, shown=progress) as advance:
         return sum(
             target.copy_from(filesystem, objects, link=link, done=lambda o: advance(o.nbytes))
             for filesystem, objects in lots

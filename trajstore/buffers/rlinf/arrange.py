@@ -26,6 +26,7 @@ from trajstore.interop.rlinf_files import (
     open_directories,
     plan_merge,
     plan_split,
+    ranks_with,
     split_directory,
 )
 from trajstore.read.bases import is_trusted
@@ -36,12 +37,10 @@ from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View
 
-_RANKS = "rank_"
-
 
 def merge_or_split(
-    source_path: str | os.PathLike[str],
-    save_path: str | os.PathLike[str],
+    source_path: str | os.PathLike[str] = ".",
+    save_path: str | os.PathLike[str] = "",
     *,
     split_count: int | None = None,
     copy: bool = False,
@@ -55,14 +54,17 @@ def merge_or_split(
     names.
 
     Args:
-        source_path: Stores or RLinf's files: a folder of ``rank_*``, or one buffer.
-        save_path: Where the result goes, of the same kind; nothing must be there.
+        source_path: Stores or RLinf's files: a folder of ``rank_*``, or one buffer; by default the working directory, as
+            RLinf's tool has it.
+        save_path: Where the result goes, of the same kind; nothing must be there. It has to be given.
         split_count: How many trajectories of one buffer to keep; None to merge.
         copy: Give the result bytes of its own. Otherwise a store refers to the segments of its sources, and files are hard
             links where both are on one disk. Stores of which some hold an observation once, and others twice since it
             seldom repeats there, are copied in any case.
         storage_options: For those of the two that are URLs.
-        bases: Where stores may lie to which the sources refer; see ``trajstore.open``.
+        bases: Where stores may lie to which the sources refer; see ``trajstore.open``. If the sources lie outside the
+            parent folder of the result, whoever opens it has to name them so, too (``refers_to`` says which); not with
+            ``copy``.
         progress: Show a bar on standard error.
 
     Returns:
@@ -70,10 +72,12 @@ def merge_or_split(
 
     Raises:
         StoreNotFoundError: Nothing to merge or split.
-        SelectionError: Fewer trajectories than ``split_count``, or several buffers to split.
+        SelectionError: Fewer trajectories than ``split_count``, several buffers to split, or no ``save_path``.
         StoreExistsError: Something is at ``save_path``.
     """
     source, out = os.fspath(source_path).rstrip("/"), os.fspath(save_path)
+    if not out:
+        raise SelectionError("merge_or_split needs save_path=, a folder or a URL for the result")
     read_options, save_options = options_for(source, storage_options), options_for(out, storage_options)
     stores = _stores(source, read_options)
     if stores and split_count is not None and len(stores) > 1:
@@ -210,8 +214,7 @@ def _stores(source: str, storage_options: Mapping[str, Any] | None) -> list[str]
         if is_rlinf_directory(source, storage_options=storage_options):
             return []
         keys = [info.key for info in filesystem.list_objects("")]
-    names = sorted({key.split("/")[0] for key in keys if key.startswith(_RANKS) and key.endswith(f"/{STORE_DOCUMENT}")})
-    names = [name for name in names if f"{name}/{STORE_DOCUMENT}" in keys]
+    names = ranks_with(STORE_DOCUMENT, keys)
     if names:
         return [f"{source}/{name}" for name in names]
     for directory in open_directories(source, storage_options=storage_options):  # says what is lacking

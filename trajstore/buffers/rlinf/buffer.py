@@ -10,21 +10,22 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 import trajstore
 from trajstore.buffers.rlinf import rollouts
+from trajstore.buffers.rlinf.checkpoint import open_checkpoint, rank_of, rollouts_of, warn_of_none
 from trajstore.buffers.rlinf.holding import CacheKnobs, Holding, options_for
 from trajstore.buffers.rlinf.trajectory import fields_of
 from trajstore.buffers.rlinf.transfer import import_files
 from trajstore.edit.combine import Share
 from trajstore.errors import (
     ClosedError,
+    ColumnTypeError,
     EmptyBufferError,
-    IndexRangeError,
     SelectionError,
     StoreExistsError,
     StoreNotFoundError,
@@ -47,7 +48,8 @@ class TrajectoryReplayBuffer:
         cache_size: The cache holds at least so many trajectories, even if that is more than ``cache_bytes``.
         sample_window_size: Sample from the most recent trajectories, so many of them; 0 for all.
         auto_save: Keep the store at ``auto_save_path``. Otherwise it is in a temporary folder, which is removed with the
-            buffer and keeps ``sample_window_size`` trajectories.
+            buffer and keeps the newest ``sample_window_size`` trajectories (RLinf's rule); if ``load_checkpoint`` loaded
+            more, as many as it loaded.
         auto_save_path: For ``auto_save``: a path, or any URL that trajstore opens.
         trajectory_format: What ``save_checkpoint`` writes: ``"store"`` (the default), or RLinf's files, ``"pt"`` or
             ``"pkl"``.
@@ -181,18 +183,33 @@ class TrajectoryReplayBuffer:
 
         Raises:
             ColumnShapeError: Tensors that do not begin with ``[T, B]``; nothing is added.
-            ColumnTypeError: Tensors on different devices, or values that cannot be stored; nothing is added.
+            ColumnTypeError: Tensors on different devices, values that cannot be stored, or one trajectory that is in no
+                list; nothing is added.
             ColumnNameError: Fields that differ between trajectories; nothing is added.
             StoreExistsError: A store with trajectories of an earlier run is at the buffer's place.
         """
         with self._lock:
             self._check_open()
+            _check_list(trajectories)
             taken = [(fields, rollouts.taken_apart(fields)) for fields in map(fields_of, trajectories)]
             whole = [(fields, rollout) for fields, rollout in taken if rollout is not None]
             if whole:
                 self._holding.check([rollout for _, rollout in whole])
             for fields, rollout in whole:
                 self._holding.put(fields, rollout.copied() if self._copy_on_add else rollout, seed=self.seed)
+
+    def flush(self) -> None:
+        """Return when everything that was added is durable: it is there after a ``kill -9`` then.
+
+        Without, what was added is committed every 30 s, and whenever a segment is full (256 MiB before compression).
+        ``clear_cache`` and ``close`` write everything as well.
+
+        Raises:
+            TrajstoreError: What failed in the background: those trajectories are lost.
+        """
+        with self._lock:
+            self._check_open()
+            self._holding.flush()
 
     # Sampling
 
@@ -227,7 +244,7 @@ class TrajectoryReplayBuffer:
     def save_checkpoint(
         self, save_path: str | os.PathLike[str], *, share: Share = "link", progress: bool | None = None
     ) -> None:
-        """Save what the buffer holds.
+        """Save what the buffer holds: everything, or what it keeps if there is no ``auto_save``.
 
         With ``trajectory_format="store"`` a store of its own: on the same disk its segments are hard links, within one
         bucket the server copies them, otherwise they are copied; a checkpoint that is there becomes its earlier version.
@@ -266,7 +283,7 @@ class TrajectoryReplayBuffer:
                     trajectory_counter=self._holding.next_id,
                     overwrite=True,
                     storage_options=options,
-                    total=len(self._holding.index),
+                    total=self._holding.num_kept,
                     progress=bool(progress),
                 )
             elif not self.size:
@@ -299,9 +316,13 @@ class TrajectoryReplayBuffer:
     ) -> None:
         """Hold what a checkpoint holds, instead of what the buffer held before; draw from its seed on.
 
+        All of it is kept, so that loading and saving loses nothing. Without ``auto_save``, the newest trajectories are kept
+        from then on, as many as were loaded or ``sample_window_size``, whichever is more, until ``clear`` or the next load.
+
         Args:
             load_path: A store, or a directory of RLinf's files; a path or a URL.
-            is_distributed: Load only this rank's share of the trajectories, consecutive ones.
+            is_distributed: Load only this rank's share of the trajectories, consecutive ones. A rank beyond their number
+                gets none, as with RLinf, and a ``UserWarning`` says so.
             local_rank: This rank; ``load_rank`` in the first generation.
             world_size: Ranks; ``load_split_num`` in the first generation.
             load_rank: As ``local_rank``.
@@ -309,15 +330,13 @@ class TrajectoryReplayBuffer:
             progress: Show on standard error how far it is; by default in a terminal, if much is copied.
 
         Raises:
-            StoreNotFoundError: Neither is there.
-            IndexRangeError: A rank that is not one of ``world_size``.
+            StoreNotFoundError: Neither is there; if there are ``rank_*`` below, the error names them.
+            SelectionError: The store is not one of rollouts.
+            IndexRangeError: ``world_size`` is below 1, or a rank is not one of so many.
             MissingObjectError: The index names files that are not there.
             CorruptionError: A file is not what it should be; the buffer is as it was.
         """
-        rank = _one_of("local_rank", local_rank, "load_rank", load_rank, 0)
-        ranks = _one_of("world_size", world_size, "load_split_num", load_split_num, 1)
-        if ranks < 1 or not 0 <= rank < ranks:
-            raise IndexRangeError(f"rank {rank} of {ranks}, expected 0 to {max(ranks - 1, 0)}")
+        rank, ranks = rank_of(local_rank, world_size, load_rank, load_split_num)
         if not is_distributed:
             rank, ranks = 0, 1
         with self._lock:
@@ -329,10 +348,13 @@ class TrajectoryReplayBuffer:
             url = os.fspath(load_path)
             if "://" not in url:
                 url = os.path.abspath(os.path.expanduser(url))
-            with trajstore.open(url, storage_options=options, bases=self._holding.trusted) as checkpoint:
+            with open_checkpoint(url, options, self._holding.trusted) as checkpoint:
                 checkpoint.usage()  # reads every page index: what is damaged or missing is found before anything changes
-                seed = self._holding.take_over(checkpoint.trajectories, url, rank, ranks, progress=progress)
-            self._reseed(self.seed if seed is None else seed)
+                view = checkpoint.trajectories
+                found = rollouts_of(view, url, options)
+                warn_of_none(load_path, len(found.entries), rank, ranks, stacklevel=2)
+                self._holding.take_over(view, found, url, rank, ranks, progress=progress)
+            self._reseed(self.seed if found.seed is None else found.seed)
 
     def _load_files(
         self, path: str | os.PathLike[str], rank: int, ranks: int, progress: bool, *, counted: bool
@@ -344,9 +366,11 @@ class TrajectoryReplayBuffer:
                 RlinfDirectory(path, storage_options=options_for(path, self._storage_options)) as directory,
                 trajstore.open(url, mode="x") as staged,
             ):
+                warn_of_none(path, len(directory), rank, ranks, stacklevel=3)
                 ids = directory.ids[rollouts.share_of(len(directory), rank, ranks)]
                 import_files(directory, staged, ids, allow_pickle=self._allow_pickle, seed=self.seed, progress=progress)
-                self._holding.take_over(staged.trajectories, url, 0, 1, share="copy")
+                view = staged.trajectories
+                self._holding.take_over(view, rollouts.find(view), url, 0, 1, share="copy")
         if counted:  # ids are never given twice, whatever the file says
             self._holding.next_id = max(self._holding.next_id, directory.metadata.trajectory_counter)
         if directory.metadata.seed is not None:
@@ -413,7 +437,9 @@ class TrajectoryReplayBuffer:
             raise ClosedError("the buffer is closed; make another, and load_checkpoint() what it saved")
 
 
-def _one_of(name: str, value: int | None, other_name: str, other: int | None, default: int) -> int:
-    if value is not None and other is not None:
-        raise SelectionError(f"{name}= and {other_name}= mean the same; give one")
-    return next((given for given in (value, other) if given is not None), default)
+def _check_list(trajectories: object) -> None:
+    """Raise for a trajectory that is in no list."""
+    if not isinstance(trajectories, Iterable):
+        raise ColumnTypeError("add_trajectories takes a list of trajectories; got one: pass [trajectory]")
+    if isinstance(trajectories, Mapping):
+        raise ColumnTypeError("add_trajectories takes a list of trajectories; got a dict: pass [Trajectory(**fields)]")

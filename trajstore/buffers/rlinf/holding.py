@@ -88,7 +88,8 @@ class Holding:
 
     Args:
         url: Where the store is; ``""`` for a temporary folder.
-        keep: Rollouts that are kept, twice as many for a while; 0 for all. For a temporary folder only.
+        keep: Rollouts that are kept, the newest, twice as many for a while; 0 for all. For a temporary folder only. If
+            more are taken over, so many are kept from then on.
         cache: Memory.
         storage_options: For a URL.
         bases: Where stores may lie that it refers to; see ``trajstore.open``.
@@ -103,7 +104,8 @@ class Holding:
         storage_options: Mapping[str, Any] | None,
         bases: Mapping[str, Mapping[str, Any] | None] | None,
     ) -> None:
-        self.keep = keep
+        self._keep = keep
+        self._taken = 0  # rollouts that were taken over
         self.storage_options = storage_options
         self.trusted = dict(bases or {})
         self._url = url
@@ -141,6 +143,16 @@ class Holding:
     def is_temporary(self) -> bool:
         """Whether the store goes with the buffer."""
         return not self._url
+
+    @property
+    def keep(self) -> int:
+        """Rollouts that are kept, the newest; 0 for all."""
+        return max(self._keep, self._taken) if self._keep else 0
+
+    @property
+    def num_kept(self) -> int:
+        """How many these are now, once everything is filed."""
+        return min(len(self.index), self.keep) if self.keep else len(self.index)
 
     @property
     def folder(self) -> str | None:
@@ -245,28 +257,26 @@ class Holding:
     def take_over(
         self,
         view: View,
+        found: rollouts.Found,
         url: str,
         rank: int,
         ranks: int,
         *,
         share: Share | None = None,
         progress: bool | None = None,
-    ) -> int | None:
-        """Hold a rank's share of the rollouts of a view, instead of what was held.
+    ) -> None:
+        """Hold a rank's share of the rollouts of a view, instead of what was held. All of the share is kept.
 
         Args:
             view: Of a store.
+            found: Its rollouts.
             url: Of that store.
             rank: Which share.
             ranks: Of how many.
             share: See ``View.save``; by default a store that outlives the buffer stands alone, and a temporary one refers to
                 what it cannot share by links.
             progress: Show what is copied; by default in a terminal, if it is much.
-
-        Returns:
-            The seed that is noted with them.
         """
-        found = rollouts.find(view)
         chosen = rollouts.share_of(len(found.entries), rank, ranks)
         first = sum(entry.pieces for entry in found.entries[: chosen.start])
         pieces = sum(entry.pieces for entry in found.entries[chosen])
@@ -297,7 +307,7 @@ class Holding:
             store.delete(np.setdiff1d(view.ids, mine.ids))
         self._forget()
         self._recount()
-        return found.seed
+        self._taken = self.count
 
     def _way_of_sharing(self, url: str) -> Share:
         if not self.is_temporary:
@@ -401,7 +411,7 @@ class Holding:
     def _forget(self) -> None:
         """Count from 0."""
         self.index = RolloutIndex()
-        self.count = self.num_samples = self.next_id = 0
+        self.count = self.num_samples = self.next_id = self._taken = 0
         self._view = None
         self._shared = frozenset()
 

@@ -110,7 +110,8 @@ def find(view: View) -> Found:
     lacking = [name for name in (ID, STEPS, ENVS) if len(table) and name not in table]
     if lacking:
         raise SelectionError(
-            f"{view!r} holds no rollouts of this buffer: it has no field {lacking[0]!r}; sample it with view.loader()"
+            f"{view!r} holds no rollouts of a replay buffer: its trajectories have no field {lacking[0]!r}; name a store "
+            "that a TrajectoryReplayBuffer wrote, or sample this one with store.trajectories.loader()"
         )
     if not len(table):
         return Found([], np.empty(0, np.int64), None)

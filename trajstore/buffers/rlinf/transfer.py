@@ -14,9 +14,18 @@ import trajstore
 from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.holding import options_for
-from trajstore.errors import SchemaError, StoreExistsError
-from trajstore.interop.rlinf_files import Metadata, RlinfDirectory, open_directories, plan_merge, write_directory
+from trajstore.errors import SchemaError, StoreExistsError, StoreNotFoundError
+from trajstore.format.layout import STORE_DOCUMENT
+from trajstore.interop.rlinf_files import (
+    Metadata,
+    RlinfDirectory,
+    open_directories,
+    plan_merge,
+    ranks_with,
+    write_directory,
+)
 from trajstore.progress import counted
+from trajstore.storage.connect import connect
 from trajstore.store import Store
 from trajstore.view import View
 
@@ -77,13 +86,17 @@ def import_directories(
 
     Raises:
         StoreNotFoundError: No such files are there.
-        StoreExistsError: A store is at ``out``.
+        StoreExistsError: A store is at ``out``; or at ``source``, or in its ``rank_*``, instead of files.
         UntrustedPickleError: There are ``.pkl`` files.
         SchemaError: A trajectory that does not fit those before it; names its file. As after any error, there is nothing
             in the store then, and ``out`` can be used again.
     """
     with contextlib.ExitStack() as opened:
-        found = open_directories(source, storage_options=options_for(source, storage_options))
+        try:
+            found = open_directories(source, storage_options=options_for(source, storage_options))
+        except StoreNotFoundError:
+            _check_no_stores(source, options_for(source, storage_options))
+            raise
         directories = [opened.enter_context(directory) for directory in found]
         store = opened.enter_context(new_store(out, options_for(out, storage_options)))
         seed = next((d.metadata.seed for d in directories if d.metadata.seed is not None), NO_SEED)
@@ -99,6 +112,22 @@ def import_directories(
                     yield number, f"{entry.file_stem()} of {directory.url}", fields
 
         return append_all(store, merged(), seed)
+
+
+def _check_no_stores(source: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> None:
+    """Raise where there are stores, which need no import."""
+    with contextlib.closing(connect(source, storage_options=storage_options)) as filesystem:
+        keys = [info.key for info in filesystem.list_objects("")]
+    if STORE_DOCUMENT in keys:
+        raise StoreExistsError(
+            f"{os.fspath(source)} is a store already: load_checkpoint() and trajstore.open() take it as it is"
+        )
+    ranks = ranks_with(STORE_DOCUMENT, keys)
+    if ranks:
+        raise StoreExistsError(
+            f"{os.fspath(source)} holds stores already ({ranks[0]} and so on): load_checkpoint() takes each as it is; "
+            "`trajstore rlinf merge-or-split` merges them"
+        )
 
 
 @contextlib.contextmanager

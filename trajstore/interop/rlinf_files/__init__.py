@@ -17,11 +17,12 @@ Examples:
 """
 
 from trajstore.interop.rlinf_files.arrange import merge_directories, plan_merge, plan_split, split_directory
-from trajstore.interop.rlinf_files.directory import RlinfDirectory, is_rlinf_directory, open_directories
-from trajstore.interop.rlinf_files.documents import Entry, Metadata, leading_shape
+from trajstore.interop.rlinf_files.directory import RlinfDirectory, is_rlinf_directory, open_directories, ranks_with
+from trajstore.interop.rlinf_files.documents import METADATA_KEY, Entry, Metadata, leading_shape
 from trajstore.interop.rlinf_files.writer import RlinfWriter, write_directory
 
 __all__ = [
+    "METADATA_KEY",
     "Entry",
     "Metadata",
     "RlinfDirectory",
@@ -32,6 +33,7 @@ __all__ = [
     "open_directories",
     "plan_merge",
     "plan_split",
+    "ranks_with",
     "split_directory",
     "write_directory",
 ]

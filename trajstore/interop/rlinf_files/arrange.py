@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -149,7 +150,9 @@ def _copy(
         storage_options=save_storage_options,
     )
     try:
-        for number, file in enumerate(counted(files, total=len(files), what="copying", shown=progress)):
+        on_disks = "://" not in f"{first.url}{os.fspath(save_url)}"
+        title = "linking, or copying between disks" if link and on_disks else "copying"
+        for number, file in enumerate(counted(files, total=len(files), what=title, shown=progress)):
             writer.add_file(dataclasses.replace(file.entry, trajectory_id=number), file, link=link)
         return writer.finish()
     finally:

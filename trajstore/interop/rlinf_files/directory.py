@@ -7,7 +7,7 @@ of the list, a bounded number of bytes ahead.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -206,8 +206,7 @@ def open_directories(url: Url, *, storage_options: Mapping[str, Any] | None = No
         keys = [info.key for info in filesystem.list_objects("")]
     finally:
         filesystem.close()
-    names = sorted({key.split("/")[0] for key in keys if key.startswith("rank_") and key.endswith(f"/{METADATA_KEY}")})
-    names = [name for name in names if f"{name}/{METADATA_KEY}" in keys]
+    names = ranks_with(METADATA_KEY, keys)
     if not names:
         raise StoreNotFoundError(
             f"no buffer of RLinf's at {filesystem.description}: neither {METADATA_KEY} nor a folder rank_* that has one; "
@@ -223,6 +222,21 @@ def open_directories(url: Url, *, storage_options: Mapping[str, Any] | None = No
             directory.close()
         raise
     return opened
+
+
+def ranks_with(document: str, keys: Collection[str]) -> list[str]:
+    """The folders ``rank_*`` that hold a document, in the order of their names. Pure: no I/O.
+
+    Args:
+        document: Its name.
+        keys: Of all objects of the folder above.
+
+    Examples:
+        >>> ranks_with("metadata.json", ["rank_1/metadata.json", "rank_0/metadata.json", "rank_2/old/metadata.json"])
+        ['rank_0', 'rank_1']
+    """
+    found = (key.split("/") for key in keys)
+    return sorted(path[0] for path in found if len(path) == 2 and path[0].startswith("rank_") and path[1] == document)
 
 
 def is_rlinf_directory(url: Url, *, storage_options: Mapping[str, Any] | None = None) -> bool:
