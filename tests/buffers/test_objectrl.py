@@ -1,11 +1,11 @@
 """ObjectRL's buffer, in memory and in a store, held against a list."""
 
 import os
-import pickle
 import re
 import shutil
 import sys
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -14,69 +14,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tensordict import NonTensorData, TensorDict
 
-import trajstore
 from tests.buffers.test_ring import ListRing
-from trajstore.buffers import objectrl, stored_ring
+from tests.buffers.transitions import assert_are, assert_holds, filled, transition, transitions
+from trajstore.buffers import stored_ring
 from trajstore.buffers.objectrl import ReplayBuffer
-from trajstore.buffers.ring_store import RingStore
-from trajstore.buffers.stored_ring import StoredRing
 from trajstore.errors import (
     ClosedError,
     ColumnShapeError,
     ColumnTypeError,
-    CorruptionError,
+    CommitError,
     EmptyBufferError,
     IndexRangeError,
     LengthError,
     MissingColumnError,
-    MissingObjectError,
-    SchemaConflictError,
     SelectionError,
     UnknownColumnError,
 )
-from trajstore.storage import single_file
-
-FIELDS = ("state", "next_state", "action", "reward", "terminated", "step", ("info", "note"))
-
-
-def transition(number):
-    return TensorDict(
-        {
-            "state": torch.tensor([number, number + 0.5]),
-            "next_state": torch.tensor([number + 1, number + 1.5]),  # also the store's name for a state one step on
-            "action": torch.tensor([number % 7]),
-            "reward": torch.tensor(float(-number)),
-            "terminated": torch.tensor(number % 3 == 0),
-            "step": torch.tensor(number + 1000),  # also one of the store's virtual columns
-            "info": {"note": torch.tensor(number % 100, dtype=torch.bfloat16)},
-        }
-    )
-
-
-def transitions(numbers):
-    return torch.stack([transition(number) for number in numbers])
-
-
-def assert_are(batch, numbers):
-    wanted = transitions(numbers)
-    assert isinstance(batch, TensorDict)
-    assert batch.batch_size == torch.Size([len(numbers)])
-    assert batch.device == torch.device("cpu")
-    assert set(batch.keys(True, True)) == set(FIELDS)
-    for field in FIELDS:
-        assert batch[field].dtype is wanted[field].dtype
-        assert torch.equal(batch[field], wanted[field])
-
-
-def assert_holds(buffer, model):
-    held = model.held()
-    assert len(buffer) == buffer.size == buffer.data_size == len(held)
-    assert (buffer.buffer_size, buffer.pointer) == (len(model.rows), model.pointer)
-    if held:
-        assert_are(buffer.sample_all(), held)
-    else:
-        with pytest.raises(EmptyBufferError):
-            buffer.sample_all()
 
 
 def bad_transitions(good):
@@ -241,17 +194,9 @@ def buffer(request, tmp_path):
     elif request.param == "url":
         made = ReplayBuffer("cpu", "cpu", 10, url=tmp_path / "experience")
     else:
-        made = ReplayBuffer("cpu", f"disk:{tmp_path}/experience", 10, print_gc_warning=True)
+        made = ReplayBuffer("cpu", f"disk:{tmp_path}/experience", 10)
     with made:
         yield made
-
-
-def filled(buffer, n):
-    buffer.add_batch(transitions(range(n)))
-    model = ListRing(buffer.buffer_size)
-    for number in range(n):
-        model.add(number)
-    return model
 
 
 def test_the_page(tmp_path):
@@ -394,204 +339,101 @@ def test_plain_mappings_are_fine(buffer):
     assert_are(buffer.sample_all(), range(5))
 
 
-def test_a_file_of_objectrls_own(tmp_path):
-    torch.save({"buffer_size": 20, "data_size": 7, "pointer": 7}, tmp_path / "theirs.metadata")
-    buffer = ReplayBuffer("cpu", "cpu", 10)
-    buffer.load(tmp_path / "theirs")
-    assert (buffer.buffer_size, buffer.data_size, buffer.pointer) == (20, 7, 7)
-    assert len(buffer) == buffer.size == 0
-    with pytest.raises(EmptyBufferError):
-        buffer.sample_batch(2)
-    buffer.add(transition(0))
-    assert (buffer.data_size, buffer.pointer, len(buffer)) == (1, 1, 1)
-    buffer.load(tmp_path / "theirs")  # what is there stays
-    assert_are(buffer.sample_all(), [0])
-    other = ReplayBuffer("cpu", "cpu", 10)
-    model = filled(other, 3)
-    with pytest.raises(SelectionError, match=re.escape("reset(20)")):
-        other.load(tmp_path / "theirs")
-    assert_holds(other, model)
-
-
-def test_our_file_is_one_that_objectrl_reads(buffer, tmp_path):
-    filled(buffer, 14)
-    buffer.save(tmp_path / "ours")
-    numbers = torch.load(tmp_path / "ours.metadata", weights_only=True)
-    assert {key: numbers[key] for key in ("buffer_size", "data_size", "pointer")} == {
-        "buffer_size": 10,
-        "data_size": 10,
-        "pointer": 4,
-    }
-
-
-def test_files_that_cannot_be_loaded(buffer, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    model = filled(buffer, 4)
-    with pytest.raises(MissingObjectError, match="nothing"):
-        buffer.load(tmp_path / "nothing")
-    (tmp_path / "evil.metadata").write_bytes(pickle.dumps({"buffer_size": Evil()}, protocol=2))
-    torch.save({"buffer_size": Evil(), "data_size": 1, "pointer": 1}, tmp_path / "worse.metadata")
-    (tmp_path / "empty.metadata").write_bytes(b"")
-    torch.save({"buffer_size": 10, "data_size": 1}, tmp_path / "short.metadata")
-    torch.save([1, 2], tmp_path / "list.metadata")
-    buffer.save(tmp_path / "half")
-    whole = (tmp_path / "half.metadata").read_bytes()
-    (tmp_path / "half.metadata").write_bytes(whole[: len(whole) // 2])
-    for name in ("evil", "worse", "empty", "short", "list", "half"):
-        with pytest.raises(CorruptionError, match=name):
-            buffer.load(tmp_path / name)
-    assert not (tmp_path / "executed").exists()
-    buffer.save(tmp_path / "alone")
-    shutil.rmtree(tmp_path / "alone.store")
-    with pytest.raises(FileNotFoundError):
-        buffer.load(tmp_path / "alone")
-    assert_holds(buffer, model)
-
-
-@pytest.mark.parametrize("where", ["rows", "file", "deletion"])
-def test_a_save_that_fails_leaves_a_whole_state(buffer, tmp_path, monkeypatch, where):
-    model = filled(buffer, 7)
-    buffer.save(tmp_path / "checkpoint")
-    buffer.add(transition(7))
-
-    def fail(*_, **__):
-        raise KeyboardInterrupt
-
-    if where == "rows":
-        monkeypatch.setattr(RingStore, "write", fail)
-    elif where == "file":
-        monkeypatch.setattr(objectrl, "replace_file", fail)
-    else:
-        monkeypatch.setattr(RingStore, "prune", fail)
-        model.add(7)
-    with pytest.raises(KeyboardInterrupt):
-        buffer.save(tmp_path / "checkpoint")
-    monkeypatch.undo()
-    loaded = ReplayBuffer("cpu", "cpu", 1)
-    loaded.load(tmp_path / "checkpoint")
-    assert_holds(loaded, model)
-    buffer.save(tmp_path / "checkpoint")
-    with trajstore.open(tmp_path / "checkpoint.store") as store:
-        assert len(store.trajectories) == 1
-
-
-def test_the_file_is_replaced_whole(tmp_path, monkeypatch):
-    path = str(tmp_path / "numbers")
-    single_file.replace_file(path, b"old")
-
-    def fail(*_):
-        raise OSError(28, "no space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        single_file.replace_file(path, b"new")
-    monkeypatch.undo()
-    assert single_file.read_file(path) == b"old"
-    single_file.replace_file(path, b"new")
-    assert single_file.read_file(path) == b"new"
-
-
-def test_save_and_load_under_a_url(buffer):
-    model = filled(buffer, 14)
-    buffer.save("memory://objectrl/checkpoint")
-    loaded = ReplayBuffer("cpu", "cpu", 3)
-    loaded.load("memory://objectrl/checkpoint")
-    assert_holds(loaded, model)
-
-
-def test_a_stored_buffer_goes_on(tmp_path):
-    url = tmp_path / "experience"
-    with ReplayBuffer("cpu", "cpu", 10, url=url) as buffer:
-        filled(buffer, 23)
-    with ReplayBuffer("cpu", "cpu", 10, url=url) as buffer:
-        assert (buffer.size, buffer.pointer) == (10, 3)
-        assert_are(buffer.sample_all(), [20, 21, 22, *range(13, 20)])
-        buffer.add(transition(23))
-        assert_are(buffer.sample_by_index(range(4)), [20, 21, 22, 23])
-    with ReplayBuffer("cpu", "cpu", 6, url=url) as buffer:  # the newest, from index 0
-        assert_are(buffer.sample_all(), range(18, 24))
-    with ReplayBuffer("cpu", "cpu", 30, url=url) as buffer:
-        held = (buffer.sample_all()["step"] - 1000).tolist()
-        assert held == list(range(24))[-len(held) :]
-        assert len(held) >= 6
-        with pytest.raises(SelectionError, match="lives at"):
-            StoredRing.write_to(buffer._ring, RingStore(url))
-    with pytest.raises(ClosedError):
-        buffer.sample_all()
-
-
-def test_overwritten_experience_is_deleted(tmp_path, monkeypatch):
-    monkeypatch.setattr(stored_ring, "chunk_rows", lambda schema: 8)
-    with ReplayBuffer("cpu", "cpu", 64, url=tmp_path / "experience") as buffer:
-        for start in range(0, 1000, 20):
-            buffer.add_batch(transitions(range(start, start + 20)))
-            with trajstore.open(tmp_path / "experience") as store:
-                assert store.trajectories.num_steps <= 64 + 64 // 4 + 2 * 8
-        assert sorted((buffer.sample_all()["step"] - 1000).tolist()) == list(range(936, 1000))
-
-
-def test_pending_rows(tmp_path):
-    with StoredRing(tmp_path / "ring", 100) as ring:
-        ring.add({"a": torch.arange(5)})
-        assert ring.pending == 5
-        ring.flush()
-        assert ring.pending == 0
-        with trajstore.open(tmp_path / "ring") as store:
-            assert store.trajectories.num_steps == 5
-
-
-def test_a_store_of_something_else_is_refused(tmp_path):
-    with trajstore.open(tmp_path / "else", "x") as store:
-        store.append({"action": [1, 2]})
-    with pytest.raises(SelectionError, match="no ring's"):
-        ReplayBuffer("cpu", "cpu", 10, url=tmp_path / "else")
-    buffer = ReplayBuffer("cpu", "cpu", 10)
-    filled(buffer, 3)
-    buffer.save(tmp_path / "saved")
-    with pytest.raises(SelectionError, match="load"):
-        ReplayBuffer("cpu", "cpu", 10, url=tmp_path / "saved.store")
-    with ReplayBuffer("cpu", "cpu", 10, url=tmp_path / "other") as other:
-        other.add({"reward": torch.tensor(1.0)})
-        with pytest.raises(SchemaConflictError, match="'reward'"):
-            other.load(tmp_path / "saved")
-        assert len(other) == 1
-
-
 def test_two_places_are_refused(tmp_path):
     with pytest.raises(SelectionError, match="both say where"):
         ReplayBuffer("cpu", f"disk:{tmp_path / 'a'}", 10, url=tmp_path / "b")
 
 
-def test_a_damaged_save_leaves_a_buffer_on_disk_as_it_was(tmp_path):
-    with ReplayBuffer("cpu", "cpu", 40) as memory:
-        filled(memory, 30)
-        memory.save(tmp_path / "saved")
-    for path in (tmp_path / "saved.store" / "segments").rglob("*"):
-        if path.name.startswith("c.") or path.name == "steps.arrow":
-            data = bytearray(path.read_bytes())
-            data[len(data) // 3] ^= 1
-            path.write_bytes(data)
-    with ReplayBuffer("cpu", "cpu", 40, url=tmp_path / "live") as buffer:
-        model = filled(buffer, 25)
-        buffer.flush()
-        with pytest.raises(CorruptionError):
-            buffer.load(tmp_path / "saved")
-        assert_holds(buffer, model)
-    with ReplayBuffer("cpu", "cpu", 40, url=tmp_path / "live") as buffer:
-        assert_holds(buffer, model)
+def test_places_where_no_store_can_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "obj.py").write_text("print('kept')")
+    for storing_device, url in [("disk:", None), ("disk: ", None), ("cpu", "")]:
+        with pytest.raises(SelectionError, match="names no place"):
+            ReplayBuffer("cpu", storing_device, 10, url=url)
+    for storing_device, url in [
+        ("disk:obj.py", None),
+        (f"disk:file://{tmp_path}/obj.py", None),
+        ("cpu", tmp_path / "obj.py"),
+    ]:
+        with pytest.raises(SelectionError, match=r"obj.py'.*: a file is there"):
+            ReplayBuffer("cpu", storing_device, 10, url=url)
+    assert os.listdir(tmp_path) == ["obj.py"]
 
 
-def test_numbers_without_experience_outlive_a_save(tmp_path):
-    torch.save({"buffer_size": 100, "data_size": 70, "pointer": 70}, tmp_path / "theirs.metadata")
-    buffer = ReplayBuffer("cpu", "cpu", 10)
-    buffer.load(tmp_path / "theirs")
-    buffer.save(tmp_path / "ours")
-    again = ReplayBuffer("cpu", "cpu", 10)
-    again.load(tmp_path / "ours")
-    assert (again.buffer_size, again.data_size, again.pointer) == (100, 70, 70)
+def test_a_closed_buffer(buffer, tmp_path):
+    model = filled(buffer, 4)
+    buffer.save(tmp_path / "saved")
+    epoch = buffer.create_epoch_iterator(2)
+    buffer.close()
+    buffer.close()
+    for attempt in (
+        lambda: buffer.add(transition(4)),
+        lambda: buffer.add_batch(transitions(range(2))),
+        lambda: buffer.sample_batch(2),
+        lambda: buffer.sample_random(2),
+        lambda: buffer.sample_by_index([0]),
+        lambda: buffer.sample_by_index_fields([0], ["reward"]),
+        buffer.sample_all,
+        lambda: next(epoch),
+        lambda: buffer.create_epoch_iterator(2),
+        lambda: buffer.get_next_batch(2),
+        buffer.flush,
+        lambda: buffer.save(tmp_path / "saved"),
+        lambda: buffer.load(tmp_path / "saved"),
+        buffer.reset,
+    ):
+        with pytest.raises(ClosedError, match="closed"):
+            attempt()
+    buffer.close()
+    assert (len(buffer), buffer.pointer, buffer.buffer_size) == (4, 4, 10)
+    again = ReplayBuffer("cpu", "cpu", 1)
+    again.load(tmp_path / "saved")
+    assert_holds(again, model)
+
+
+def test_two_buffers_on_one_place(tmp_path):
+    """Neither deletes what the other wrote, and the next buffer has all of it."""
+
+    def make():
+        return ReplayBuffer("cpu", f"disk:{tmp_path}/experience", 100_000)
+
+    def numbered(numbers):
+        return TensorDict({"n": torch.tensor(list(numbers))}, batch_size=[len(numbers)])
+
+    with make() as buffer:
+        buffer.add_batch(numbered(range(4000)))
+    a, b = make(), make()
+    b.add_batch(numbered(range(4000, 4020)))
+    b.flush()
+    a.add_batch(numbered(range(4020, 4030)))
+    for attempt in (a.flush, lambda: a.sample_batch(2), a.reset, lambda: a.add_batch(numbered([4030])), a.close):
+        with pytest.raises(
+            CommitError, match=r"another buffer writes to .*experience.*Nothing was lost.*one buffer there"
+        ):
+            attempt()
+    a.close()
+    with pytest.raises(CommitError):
+        b.close()
+    b.close()
+    with make() as buffer:
+        assert buffer.sample_all()["n"].tolist() == list(range(4031))
+        buffer.reset()  # of both
+    with make() as buffer:
+        assert len(buffer) == 0
+
+
+def test_the_warning_that_there_is_none():
+    with pytest.warns(UserWarning, match="print_gc_warning=True has no effect"):
+        ReplayBuffer("cpu", "cpu", 10, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ReplayBuffer("cpu", "cpu", 10, print_gc_warning=False)
+
+
+def test_fewer_epochs_than_none_are_random_batches(buffer):
+    filled(buffer, 3)
+    assert buffer.get_steps_and_iterator(-1, 5, 2) == 5  # ObjectRL asks for n_epochs > 0
+    assert len(buffer.get_next_batch(7)) == 7
 
 
 def test_without_tensordict(monkeypatch):

@@ -13,16 +13,24 @@ import io
 import itertools
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trajstore.buffers.ring import Ring
+from trajstore.buffers.ring import Ring, check_not_empty
 from trajstore.buffers.ring_store import RingStore
 from trajstore.buffers.stored_ring import StoredRing
-from trajstore.errors import ColumnShapeError, ColumnTypeError, CorruptionError, EmptyBufferError, SelectionError
+from trajstore.errors import (
+    ClosedError,
+    ColumnShapeError,
+    ColumnTypeError,
+    CorruptionError,
+    MissingObjectError,
+    SelectionError,
+)
 from trajstore.schema import nest
 from trajstore.storage.single_file import read_file, replace_file
 
@@ -30,26 +38,31 @@ if TYPE_CHECKING:
     from tensordict import TensorDict
 
 _DISK = "disk:"
+_METADATA = ".metadata"
 _METADATA_KEYS = ("buffer_size", "data_size", "pointer")
 
 
 class ReplayBuffer:
     """The newest ``buffer_size`` transitions.
 
-    With ``url`` they live in a store (close the buffer then, or use it as a context manager), otherwise in memory.
+    With ``url`` they live in a store (close the buffer then, or use it as a context manager), otherwise in memory. After
+    ``close`` its attributes can still be read; everything else raises ``ClosedError``.
 
     Args:
         device: Where batches are put.
         storing_device: Where transitions are kept; ``"disk:URL"`` is the same as ``url=URL``.
         buffer_size: Transitions.
-        print_gc_warning: Accepted, and without effect: nothing here waits for the garbage collector.
+        print_gc_warning: ObjectRL takes it and never looks at it; it warns whenever it has to run the garbage collector to
+            get room. That never happens here, so True only warns that there is nothing to print.
         url: Keep transitions in a store at this URL, or go on with those that are there; whatever ``trajstore.open`` takes.
-            They are durable after ``flush``.
+            They are durable after ``flush``. One buffer at a time may write there: ``StoredRing`` says what happens
+            otherwise.
         storage_options: For ``url``, and for what ``save`` and ``load`` are given, where these are URLs.
 
     Raises:
         ImportError: The package tensordict is missing; says what to install.
-        SelectionError: A size below 1, or a store that holds something else.
+        SelectionError: A size below 1, a place that is a file or no place at all, or a store that holds something else.
+        CommitError: From any method, once it is found that another buffer writes to the same store; nothing is lost.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -65,7 +78,7 @@ class ReplayBuffer:
         device: torch.device | str,
         storing_device: torch.device | str = "cpu",
         buffer_size: int = 100_000,
-        print_gc_warning: bool = False,  # noqa: ARG002 - a keyword of the original
+        print_gc_warning: bool = False,
         *,
         url: str | os.PathLike[str] | None = None,
         storage_options: Mapping[str, Any] | None = None,
@@ -77,24 +90,24 @@ class ReplayBuffer:
                 "the buffers of ObjectRL give TensorDicts and need the package tensordict: pip install "
                 "'trajstore[tensordict]'"
             ) from error
+        if print_gc_warning:
+            warnings.warn(
+                "print_gc_warning=True has no effect: this buffer never runs the garbage collector; leave it out",
+                stacklevel=2,
+            )
         self._make: Callable[..., TensorDict] = TensorDict
         self._storage_options = storage_options
         self.device = torch.device(device)
-        on_disk = isinstance(storing_device, str) and storing_device.startswith(_DISK)
-        if on_disk and url is not None:
-            raise SelectionError(
-                f"storing_device={storing_device!r} and url={os.fspath(url)!r} both say where; give one"
-            )
-        if on_disk:
-            url = str(storing_device).removeprefix(_DISK)
+        place = _place(storing_device, url)
         self.storing_device: torch.device | str
         self._ring: Ring | StoredRing
-        if url is None:
+        if place is None:
             self.storing_device = torch.device(storing_device)
             self._ring = Ring(buffer_size, device=self.storing_device)
         else:
-            self.storing_device = f"{_DISK}{os.fspath(url)}"
-            self._ring = StoredRing(url, buffer_size, device=self.device, storage_options=storage_options)
+            self.storing_device = f"{_DISK}{place}"
+            self._ring = StoredRing(place, buffer_size, device=self.device, storage_options=storage_options)
+        self._closed = False
         self._moves = self._ring.device != torch.empty(0, device=self.device).device
         self._epochs: Iterator[TensorDict] | None = None
         self._numbers: tuple[int, int] | None = None  # data_size and pointer of a file that came without experience
@@ -139,7 +152,11 @@ class ReplayBuffer:
 
         Args:
             buffer_size: From now on.
+
+        Raises:
+            CommitError: Another buffer wrote to the store, and nothing was deleted.
         """
+        self._check_open()
         if isinstance(self._ring, StoredRing):
             self._ring.clear(buffer_size)
         else:
@@ -157,6 +174,7 @@ class ReplayBuffer:
         Raises:
             SchemaError: It is not like the others; one of its subclasses names the field. The buffer is as it was.
         """
+        self._check_open()
         batch_size = getattr(experience, "batch_size", None)
         if batch_size:
             raise ColumnShapeError(
@@ -174,6 +192,7 @@ class ReplayBuffer:
         Raises:
             SchemaError: As for ``add``.
         """
+        self._check_open()
         batch_size = getattr(experience, "batch_size", None)
         if batch_size is not None and not len(batch_size):
             raise ColumnShapeError("a batch without a batch size, expected [n]; call add for a single transition")
@@ -186,6 +205,7 @@ class ReplayBuffer:
         Raises:
             EmptyBufferError: There are none.
         """
+        self._check_open()
         ring = self._ring
         return self._batch(ring.gather(ring.sample_indices(batch_size), check=False), batch_size)
 
@@ -237,9 +257,9 @@ class ReplayBuffer:
         Raises:
             EmptyBufferError: There are no transitions.
         """
+        self._check_open()
         _at_least_one("batch_size", batch_size)
-        if not self.size:
-            raise EmptyBufferError("an epoch of an empty buffer; add transitions first")
+        check_not_empty(self.size)
         starts = range(0, self.size, batch_size)
         size = self.size
         self._epochs = (
@@ -249,12 +269,17 @@ class ReplayBuffer:
         return self._epochs
 
     def get_next_batch(self, batch_size: int) -> TensorDict:
-        """The next batch of the epoch iterator if there is one, otherwise a random one.
+        """The next batch of the epoch iterator, or a random one if none was made since the last ``reset`` or ``load``.
+
+        Args:
+            batch_size: Of a random one; those of the iterator have the size that it was made with.
 
         Raises:
-            StopIteration: The epochs are over.
+            StopIteration: The epochs are over; make another iterator, or call ``get_steps_and_iterator(0, ...)`` for random
+                batches.
             EmptyBufferError: There are no transitions.
         """
+        self._check_open()
         return self.sample_batch(batch_size) if self._epochs is None else next(self._epochs)
 
     def calculate_num_batches(self, batch_size: int) -> int:
@@ -266,14 +291,17 @@ class ReplayBuffer:
         """Prepare ``get_next_batch``.
 
         Args:
-            n_epochs: Passes over the transitions; 0 for random batches.
+            n_epochs: Passes over the transitions; 0 (or less) for random batches.
             max_iter: Steps, where ``n_epochs`` is 0.
             batch_size: Of a pass.
 
         Returns:
             How often to call ``get_next_batch``.
+
+        Raises:
+            EmptyBufferError: There are no transitions to pass over.
         """
-        if n_epochs == 0:
+        if n_epochs <= 0:
             self._epochs = None
             return max_iter
         self.create_epoch_iterator(batch_size, n_epochs)
@@ -287,6 +315,7 @@ class ReplayBuffer:
         Args:
             path: Local, or a URL.
         """
+        self._check_open()
         base = os.fspath(path)
         options = self._storage_options if "://" in base else None
         numbers: dict[str, int] = {
@@ -298,11 +327,11 @@ class ReplayBuffer:
         if not len(self._ring.schema):
             if self._numbers:
                 del numbers["experience"]  # they still come from a file of ObjectRL's own
-            replace_file(f"{base}.metadata", _pickled(numbers), storage_options=options)
+            replace_file(f"{base}{_METADATA}", _pickled(numbers), storage_options=options)
             return
         with RingStore(f"{base}.store", "a", storage_options=options) as store:
             numbers["experience"] = self._ring.write_to(store)
-            replace_file(f"{base}.metadata", _pickled(numbers), storage_options=options)
+            replace_file(f"{base}{_METADATA}", _pickled(numbers), storage_options=options)
             store.prune(numbers["experience"])
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -310,16 +339,28 @@ class ReplayBuffer:
 
         A file of ObjectRL's own has no transitions: then the buffer takes its ``buffer_size`` and keeps those that it has.
 
+        Args:
+            path: As given to ``save``: without ``.metadata``.
+
         Raises:
             MissingObjectError: No such file.
             CorruptionError: It is damaged.
             SelectionError: It has no transitions, another ``buffer_size``, and this buffer is not empty. In each case the
                 buffer is as it was.
         """
+        self._check_open()
         base = os.fspath(path)
-        name = f"{base}.metadata"
+        name = f"{base}{_METADATA}"
         options = self._storage_options if "://" in base else None
-        numbers = _unpickled(read_file(name, storage_options=options), name)
+        try:
+            data = read_file(name, storage_options=options)
+        except MissingObjectError as error:
+            if not base.endswith(_METADATA):
+                raise
+            raise MissingObjectError(
+                f"{name} is not there; give the path without {_METADATA}, as to save: {base.removesuffix(_METADATA)!r}"
+            ) from error
+        numbers = _unpickled(data, name)
         capacity, size, pointer = (numbers[key] for key in _METADATA_KEYS)
         experience = numbers.get("experience")
         if experience is None:
@@ -339,13 +380,19 @@ class ReplayBuffer:
 
     def flush(self) -> None:
         """Make all transitions durable, where they live in a store."""
+        self._check_open()
         if isinstance(self._ring, StoredRing):
             self._ring.flush()
 
     def close(self) -> None:
-        """``flush``, and let go of the store. May be called twice."""
+        """``flush``, and let go of the store, whatever ``flush`` raises. May be called twice."""
+        self._closed = True
         if isinstance(self._ring, StoredRing):
             self._ring.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"this buffer ({self.storing_device}) is closed; make another one")
 
     def _take_numbers(self, name: str, capacity: int, size: int, pointer: int) -> None:
         if self.size:
@@ -360,8 +407,8 @@ class ReplayBuffer:
 
     def _positions(self, indices: Sequence[int] | torch.Tensor | range) -> torch.Tensor:
         """``(n,)`` int64 on the ring's device."""
-        if not self.size:
-            raise EmptyBufferError("a sample of an empty buffer; add transitions first")
+        self._check_open()
+        check_not_empty(self.size)
         home = self._ring.device if isinstance(self._ring, Ring) else torch.device("cpu")
         if isinstance(indices, range):
             return torch.arange(indices.start, indices.stop, indices.step, device=home) if len(indices) else _none(home)
@@ -378,6 +425,24 @@ class ReplayBuffer:
             # Only towards an accelerator: a copy from one that nobody waits for would be read half done.
             return self._make(tree, batch_size=[n]).to(self.device, non_blocking=self.device.type != "cpu")
         return self._make(tree, batch_size=[n], device=self.device)
+
+
+def _place(storing_device: torch.device | str, url: str | os.PathLike[str] | None) -> str | None:
+    """Where the store is to be; None for a buffer in memory."""
+    told = [] if url is None else [(f"url={os.fspath(url)!r}", os.fspath(url))]
+    if isinstance(storing_device, str) and storing_device.startswith(_DISK):
+        told.append((f"storing_device={storing_device!r}", storing_device.removeprefix(_DISK)))
+    if not told:
+        return None
+    if len(told) > 1:
+        raise SelectionError(f"{told[1][0]} and {told[0][0]} both say where; give one")
+    argument, place = told[0]
+    if not place.strip():
+        raise SelectionError(f"{argument} names no place; give a folder or a URL, such as {_DISK}runs/experience")
+    path = os.path.expanduser(place.removeprefix("file://"))
+    if "://" not in path and os.path.exists(path) and not os.path.isdir(path):
+        raise SelectionError(f"{argument}: a file is there, expected a folder with a store or a name that is free")
+    return place
 
 
 def _fields(experience: TensorDict | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -46,9 +46,7 @@ class Ring:
     def __init__(
         self, capacity: int, *, device: torch.device | str = "cpu", columns: Iterable[Column] | None = None
     ) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise SelectionError(f"capacity={capacity!r}, expected a whole number of rows, at least 1")
-        self._capacity = capacity
+        self._capacity = check_capacity(capacity)
         self._device = torch.empty(0, device=device).device  # "cuda" is cuda:0, as its tensors will say
         self._size = 0
         self._pointer = 0
@@ -201,10 +199,7 @@ class Ring:
             EmptyBufferError: The ring is empty.
             SelectionError: ``n`` is below 1.
         """
-        if n < 1:
-            raise SelectionError(f"a sample of {n} rows; expected at least 1")
-        if not self._size:
-            raise EmptyBufferError("a sample of an empty buffer; add rows first")
+        check_draw(n, self._size)
         return torch.randint(self._size, (n,), generator=generator, device=self._device)
 
     def clear(self) -> None:
@@ -296,11 +291,8 @@ class Ring:
         state = saved.state
         self._check_state(state.capacity, state.size, state.pointer)
         fresh = Ring(self._capacity, device=self._device, columns=saved.schema)
-        if self._columns and fresh._format != self._format:
-            raise SchemaConflictError(
-                f"the ring at {store.url} has the columns {fresh._format}; this one has {self._format}; load it into a new "
-                "ring"
-            )
+        if self._columns:
+            check_same_columns(fresh._format, self._format, store.url)
         for name, rows in fresh._columns.items():
             saved.read_into(name, rows[: state.size])
         self._format, self._columns = fresh._format, fresh._columns
@@ -341,6 +333,37 @@ def _selected(arena: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     if signed is None:
         return arena.index_select(0, indices)
     return arena.view(signed).index_select(0, indices).view(arena.dtype)
+
+
+# What a ring in a store checks, too.
+
+
+def check_capacity(capacity: int) -> int:
+    """``capacity``, if it is a whole number of rows."""
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise SelectionError(f"capacity={capacity!r}, expected a whole number of rows, at least 1")
+    return capacity
+
+
+def check_draw(n: int, size: int) -> None:
+    """Raise unless ``n`` rows can be drawn, with replacement, from a ring that holds ``size``."""
+    if n < 1:
+        raise SelectionError(f"a sample of {n} rows; expected at least 1")
+    check_not_empty(size)
+
+
+def check_not_empty(size: int) -> None:
+    """Raise ``EmptyBufferError`` if ``size`` is 0."""
+    if not size:
+        raise EmptyBufferError("a sample of an empty buffer; add to it first")
+
+
+def check_same_columns(found: RowFormat, own: RowFormat, url: str) -> None:
+    """Raise ``SchemaConflictError`` unless the rows of a ring saved at ``url`` look like a ring's own."""
+    if found != own:
+        raise SchemaConflictError(
+            f"the ring at {url} has the columns {found}; this one has {own}; load it into a new ring"
+        )
 
 
 def check_indices(indices: torch.Tensor, size: int) -> None:

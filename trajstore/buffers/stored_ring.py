@@ -1,10 +1,10 @@
 """``StoredRing``: a ring of rows in a store, for experience beyond memory.
 
-Invariant: every row ever added has a number; the rows of a trajectory are numbered one after the other from its field
-``ring_number``. What the ring holds are the last ``size`` numbers: row ``n`` lies at the index ``(n - origin) % capacity``.
-The newest rows, fewer than one trajectory's, are in memory until ``flush`` or until they are enough for one. Trajectories
-whose rows are all overwritten are deleted, and their bytes given back, by a commit after the one of the rows that took
-their place.
+Invariant: every row ever added has a number, in commit order and without gaps. What the ring holds are the last ``size``
+numbers: row ``n`` lies at the index ``(n - origin) % capacity``. The newest rows, fewer than one trajectory's, are in memory
+until ``flush`` or until they are enough for one. Trajectories whose rows are all overwritten are deleted, and their bytes
+given back, by a commit after the one of the rows that took their place, and only while the store holds the trajectories that
+this ring found or wrote, and no others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ import numpy as np
 import torch
 
 import trajstore.store
-from trajstore.buffers.ring import Ring, check_indices
+from trajstore.buffers.ring import Ring, check_capacity, check_draw, check_indices, check_same_columns
 from trajstore.buffers.ring_store import RingState, RingStore, SavedRing, chunk_rows
 from trajstore.buffers.rows import RowFormat
-from trajstore.errors import CorruptionError, EmptyBufferError, SchemaConflictError, SelectionError
+from trajstore.buffers.stored_rows import StoredRows
+from trajstore.errors import (
+    ClosedError,
+    CommitError,
+    EmptyBufferError,
+    IndexRangeError,
+    MissingObjectError,
+    SelectionError,
+    VersionExpiredError,
+)
 from trajstore.schema import Schema, flatten
 from trajstore.stored import Array
 from trajstore.view import View
@@ -31,8 +40,9 @@ _FIELDS = ("ring_number", "ring_origin", "ring_capacity")
 class StoredRing:
     """Rows of named tensors in a store, the newest ``capacity`` of them. Close it, or use it as a context manager.
 
-    A store that holds such a ring already goes on with it; nobody else may use it meanwhile. The faces' methods are those of
-    ``Ring``.
+    A store that holds such a ring already goes on with it. One ring at a time may write there: one that finds another's rows
+    deletes nothing any more and raises ``CommitError`` from then on, at ``flush`` and ``close`` at the latest. The next ring
+    made on that store holds the rows of both, in the order of their commits. Methods are those of ``Ring``.
 
     Args:
         url: The store, made if there is none.
@@ -41,7 +51,9 @@ class StoredRing:
         storage_options: As for ``trajstore.open``.
 
     Raises:
-        SelectionError: The store holds trajectories that are no ring.
+        SelectionError: The store holds trajectories that are no ring, or the capacity is no number of rows.
+        ClosedError: A method was called after ``close``.
+        CommitError: Another ring writes there; see above.
 
     Examples:
         >>> with StoredRing("memory://docs/ring", 3) as ring:
@@ -59,14 +71,15 @@ class StoredRing:
         device: torch.device | str = "cpu",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._capacity = Ring(capacity).capacity  # checked there
+        self._capacity = check_capacity(capacity)
         self._device = torch.empty(0, device=device).device
         self._tail: Ring | None = None  # rows that are not in the store yet, in main memory
-        self._firsts: list[int] = []  # number of the first row of each trajectory, ascending
-        self._stored = 0  # number behind the last row in the store
+        self._stored = StoredRows()
         self._start = 0  # number of the oldest row that counts
         self._origin = 0
         self._view: View | None = None
+        self._fault: str | None = None  # why nothing may be deleted or read any more
+        self._closed = False
         self._store = trajstore.opening.open(url, "a", storage_options=storage_options)
         try:
             self._go_on()
@@ -107,9 +120,7 @@ class StoredRing:
     @property
     def pending(self) -> int:
         """Rows that a crash would lose: in memory, or on their way to the store."""
-        waiting = self._store.pending
-        on_the_way = self._stored - self._firsts[-waiting] if waiting else 0
-        return on_the_way + (len(self._tail) if self._tail is not None else 0)
+        return self._stored.newest(self._store.pending) + (len(self._tail) if self._tail is not None else 0)
 
     def __len__(self) -> int:
         return self.size
@@ -124,7 +135,8 @@ class StoredRing:
         return f"StoredRing({self.url!r}, capacity={self._capacity}, size={self.size})"
 
     def add_one(self, row: Mapping[str, Any]) -> None:
-        """Add one row; as ``Ring.add_one``."""
+        """Add one row; as ``Ring.add_one``. A ``CommitError`` comes after the row was taken."""
+        self._check_open()
         tail = self._tail
         if tail is None:
             tail = self._begin(RowFormat.of(flatten(row), batched=False))
@@ -132,9 +144,11 @@ class StoredRing:
             tail.check(row, batched=False)
             self._append_tail()
         tail.add_one(row)
+        self._check_fault()
 
     def add(self, rows: Mapping[str, Any], *, keep_last: bool = False) -> None:
-        """Add rows; as ``Ring.add``."""
+        """Add rows; as ``Ring.add``. A ``CommitError`` comes after all of them were taken."""
+        self._check_open()
         most = None if keep_last else self._capacity
         tail = self._tail
         if tail is None:
@@ -148,11 +162,14 @@ class StoredRing:
             stop = min(n, done + tail.capacity - tail.size)
             tail.add({name: value[done:stop] for name, value in checked.items()})
             done = stop
+        self._check_fault()
 
     def gather(
         self, indices: torch.Tensor, *, names: Iterable[str] | None = None, check: bool = True
     ) -> dict[str, torch.Tensor]:
         """Rows by index; as ``Ring.gather``, on the ring's device."""
+        self._check_open()
+        self._check_fault()
         if check:
             check_indices(indices, self.size)
         tail = self._tail
@@ -162,7 +179,7 @@ class StoredRing:
         wanted = indices.cpu().numpy().astype(np.int64)
         newest = self._next - 1
         numbers = newest - (newest - self._origin - wanted) % self._capacity
-        in_tail = numbers >= self._stored
+        in_tail = numbers >= self._stored.next
         if in_tail.all():  # also where no rows are wanted
             return self._from_tail(tail, numbers, chosen)
         if not in_tail.any():
@@ -177,46 +194,59 @@ class StoredRing:
 
     def sample_indices(self, n: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """``(n,)`` int64 indices drawn uniformly, with replacement, in main memory; as ``Ring.sample_indices``."""
-        if n < 1:
-            raise SelectionError(f"a sample of {n} rows; expected at least 1")
-        if not self.size:
-            raise EmptyBufferError("a sample of an empty buffer; add rows first")
+        self._check_open()
+        check_draw(n, self.size)
         return torch.randint(self.size, (n,), generator=generator)
 
     def clear(self, capacity: int | None = None) -> None:
-        """Forget the rows, in the store too.
+        """Forget the rows, in the store too: those that this ring found or wrote.
 
         Args:
             capacity: From now on.
+
+        Raises:
+            CommitError: Another ring wrote there, and nothing was deleted. A ring that is made afterwards knows of those
+                rows, and clears them too.
         """
+        self._check_open()
         if capacity is not None:
-            capacity = Ring(capacity).capacity
-        self._store.flush()
-        ids = self._store.trajectories.ids
-        if len(ids):
-            self._store.delete(ids, reclaim=True)
+            check_capacity(capacity)
+        view = self._settled()
+        self._check_fault()
+        if len(view):
+            self._delete(view.ids)
         following = self._next
         row_format = None if self._tail is None else RowFormat(self.schema)
         self._capacity = capacity or self._capacity
-        self._firsts, self._view = [], None
-        self._stored = self._start = self._origin = following
+        self._stored, self._view = StoredRows(stop=following), None
+        self._start = self._origin = following
         if row_format is not None:
             self._begin(row_format)
 
     def flush(self) -> None:
-        """Return when all rows are durable."""
+        """Return when all rows are durable.
+
+        Raises:
+            CommitError: Another ring writes there. The rows are durable all the same.
+        """
+        self._check_open()
         self._append_tail()
-        self._store.flush()
+        self._settled()
+        self._check_fault()
 
     def close(self) -> None:
-        """``flush``, and let go of the store. May be called twice."""
+        """``flush``, and let go of the store, whatever ``flush`` raises. May be called twice."""
+        if self._closed:
+            return
         try:
-            self._append_tail()
+            self.flush()
         finally:
+            self._closed = True
             self._store.close()
 
     def write_to(self, store: RingStore) -> int:
         """Add a save of the rows to another store, beside the older ones; returns its number."""
+        self._check_open()
         if store.url == self.url:
             raise SelectionError(f"the ring lives at {self.url}; save it elsewhere, or call flush()")
         return store.write(RingState(self._capacity, self.size, self.pointer), self.schema, self._chunks)
@@ -227,15 +257,14 @@ class StoredRing:
         Raises:
             SelectionError: The store holds no such save.
             SchemaConflictError: Its columns are not those of this ring.
-            CorruptionError: It is damaged. In each case the ring is as it was.
+            CorruptionError: It is damaged.
+            CommitError: Another ring writes to this one's store. In each case the ring is as it was.
         """
+        self._check_open()
         saved = store.find(save)
         found = RowFormat(saved.schema)
-        if self._tail is not None and found != RowFormat(self.schema):
-            raise SchemaConflictError(
-                f"the ring at {store.url} has the columns {found}; the one at {self.url} has {RowFormat(self.schema)}; load "
-                "it into a new one"
-            )
+        if self._tail is not None:
+            check_same_columns(found, RowFormat(self.schema), store.url)
         full = saved.state.size == saved.state.capacity
         oldest = saved.state.pointer if full else 0
         for _ in _in_order_of_age(saved, oldest):
@@ -250,22 +279,28 @@ class StoredRing:
     @property
     def _next(self) -> int:
         """Number of the next row."""
-        return self._stored + (len(self._tail) if self._tail is not None else 0)
+        return self._stored.next + (len(self._tail) if self._tail is not None else 0)
 
     def _begin(self, row_format: RowFormat) -> Ring:
         rows = min(chunk_rows(row_format.schema), self._capacity)
         self._tail = Ring(rows, columns=row_format.schema)
         return self._tail
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the buffer at {self.url} is closed; make it again to go on with its rows")
+
+    def _check_fault(self) -> None:
+        if self._fault is not None:
+            raise CommitError(self._fault)
+
     def _append_tail(self) -> None:
         tail = self._tail
         if tail is None or not len(tail):
             return
-        number = self._stored
-        fields = dict(zip(_FIELDS, (number, self._origin, self._capacity), strict=True))
-        self._store.append({name: rows[: len(tail)] for name, rows in tail.columns.items()}, metadata=fields)
-        self._firsts.append(number)
-        self._stored += len(tail)
+        fields = dict(zip(_FIELDS, (self._stored.next, self._origin, self._capacity), strict=True))
+        ref = self._store.append({name: rows[: len(tail)] for name, rows in tail.columns.items()}, metadata=fields)
+        self._stored.append(ref, len(tail))
         tail.clear()
         self._view = None
         self._start = max(self._start, self._next - self._capacity)
@@ -273,37 +308,65 @@ class StoredRing:
 
     def _drop_overwritten(self) -> None:
         """Delete trajectories whose rows are all overwritten, once they are worth a version of the store."""
-        whole = int(np.searchsorted(self._firsts, self._start, side="right")) - 1  # those before the oldest row's
-        if whole < 1 or self._firsts[whole] - self._firsts[0] < self._capacity // 4:
+        whole, rows = self._stored.whole_before(self._start)
+        if self._fault is not None or not whole or rows < self._capacity // 4:
             return
+        view = self._settled()
+        if self._fault is None:
+            self._delete(view.ids[:whole])
+            self._stored.forget_oldest(whole)
+            self._view = None
+
+    def _delete(self, ids: Array) -> None:
+        try:
+            self._store.delete(ids, reclaim=True)
+        except IndexRangeError:
+            self._settled()  # another ring deleted some since the last look, and nothing was deleted now
+            self._check_fault()
+            raise
+
+    def _settled(self) -> View:
+        """What the store holds once all that was appended is durable; notes a fault if it is not what this ring knows of."""
         self._store.flush()
-        self._store.delete(self._trajectories().ids[:whole], reclaim=True)
-        del self._firsts[:whole]
-        self._view = None
+        self._store.refresh()
+        view = self._store.trajectories
+        lost, known = self._stored.lost(), self._stored
+        if self._fault is None and lost:
+            self._fault = (
+                f"some of the last {known.newest(lost)} rows for the store at {self.url} could not be committed, as an "
+                "earlier error said; close this buffer, and make it again to go on with those that were"
+            )
+        elif self._fault is None and not known.are_those_of(view):
+            foreign, gone = known.differences(view)
+            self._fault = (
+                f"another buffer writes to {self.url}: of {len(view)} trajectories there {foreign} are not of this one, and "
+                f"{gone} that it knows of were deleted. Nothing was lost, and this buffer deletes nothing any more: close "
+                "it and the other one, then make one buffer there, which holds the rows of both; use one at a time"
+            )
+        return view
 
     def _trajectories(self) -> View:
         if self._view is None:
             view = self._store.trajectories
-            if len(view) < len(self._firsts):
-                self._store.flush()  # there was no room to keep the newest in memory until their commit
-                view = self._store.trajectories
-            if len(view) != len(self._firsts):
-                raise CorruptionError(
-                    f"the store at {self.url} has {len(view)} trajectories where this ring wrote {len(self._firsts)}; only "
-                    "one buffer at a time may write there"
-                )
+            if not self._stored.are_those_of(view):
+                view = self._settled()  # perhaps there was no room to keep the newest in memory until their commit
+                self._check_fault()
             self._view = view
         return self._view
 
     def _from_store(self, numbers: Array, names: list[str]) -> dict[str, torch.Tensor]:
-        firsts = np.asarray(self._firsts)
-        trajectories = np.searchsorted(firsts, numbers, side="right") - 1
-        steps = numbers - firsts[trajectories]
+        trajectories, steps = self._stored.locate(numbers)
         device = None if self._device.type == "cpu" else self._device
-        return flatten(self._trajectories().gather(trajectories, steps, columns=names, device=device))
+        try:
+            rows = self._trajectories().gather(trajectories, steps, columns=names, device=device)
+        except (MissingObjectError, VersionExpiredError):
+            self._settled()  # another ring may have deleted them
+            self._check_fault()
+            raise
+        return flatten(rows)
 
     def _from_tail(self, tail: Ring, numbers: Array, names: list[str]) -> dict[str, torch.Tensor]:
-        rows = tail.gather(torch.from_numpy(numbers - self._stored), names=names, check=False)
+        rows = tail.gather(torch.from_numpy(numbers - self._stored.next), names=names, check=False)
         return {name: tensor.to(self._device) for name, tensor in rows.items()}
 
     def _chunks(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -312,7 +375,7 @@ class StoredRing:
             yield self.gather(indices, check=False)
 
     def _go_on(self) -> None:
-        """Take up the ring that is in the store."""
+        """Take up the ring that is in the store: all of its trajectories, whatever numbers they were given."""
         if len(self._store.schema):
             self._begin(RowFormat(self._store.schema))
         view = self._store.trajectories
@@ -324,19 +387,17 @@ class StoredRing:
                 f"the store at {self.url} holds trajectories that are no ring's; choose another place (one that a buffer "
                 "was saved to is read by load)"
             )
-        firsts = table["ring_number"].to_numpy(np.int64)
-        stops = firsts + view.lengths
-        # What follows the last gap: a commit that failed took its rows with it.
-        gaps = np.flatnonzero(firsts[1:] != stops[:-1])
-        kept = int(gaps[-1]) + 1 if len(gaps) else 0
-        if kept:
-            self._store.delete(view.ids[:kept], reclaim=True)
-        self._firsts = firsts[kept:].tolist()
-        self._stored = int(stops[-1])
-        self._start = max(self._firsts[0], self._stored - self._capacity)
+        told, lengths = table["ring_number"].to_numpy(np.int64), view.lengths
+        self._stored = StoredRows(view.ids, lengths, int(told[-1] + lengths[-1]))
+        firsts = self._stored.firsts
+        self._start = max(int(firsts[0]), self._stored.next - self._capacity)
         self._origin = int(table["ring_origin"].iloc[-1])
-        was = int(table["ring_capacity"].iloc[-1])
-        if was != self._capacity or (self.size < self._capacity and self._origin != self._start):
+        counts = firsts + lengths > self._start
+        if (
+            (told != firsts)[counts].any()  # two rings wrote at once, or the rows of a commit that failed are missing
+            or int(table["ring_capacity"].iloc[-1]) != self._capacity
+            or (self.size < self._capacity and self._origin != self._start)
+        ):
             self._origin = self._start
 
 
