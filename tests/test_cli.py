@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 import trajstore
 from trajstore import cli, console
-from trajstore.cli.common import parse_bytes
+from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
+from trajstore.cli.common import parse_bases, parse_bytes
 
 COMMAND = [sys.executable, "-c", "from trajstore.cli import main; main()"]
 
@@ -82,7 +85,7 @@ def test_ls(run, url):
 def test_head(run, url):
     text = run("head", url, "-t", "4", "-n", "2")
     assert "trajectory 4: 5 steps, terminated, return 2.5, task=pick" in text
-    assert "not shown: obs/image (uint8[32, 32, 3])" in text
+    assert "1 more column: obs/image (uint8[32, 32, 3]); -c NAME shows one" in text
     rows = json.loads(run("head", url, "-t", "4", "-n", "2", "-c", "action", "-c", "obs/state", "--json"))
     assert rows == [
         {"trajectory": 4, "step": s, "action": s, "obs/state[0]": 1.0, "obs/state[1]": 1.0, "obs/state[2]": 1.0}
@@ -95,9 +98,16 @@ def test_sample_describes_a_batch_its_speed_and_the_cache(run, url):
     assert "30 trajectories, 465 steps, version 1" in text
     assert re.search(r"obs/image .* uint8 .* \[32, 4, 32, 32, 3\]", text)
     assert re.search(r"action .* int64 .* \[32, 4\]", text)
-    for words in ("while pages were read", "from the page cache", "windows/s", "steps/s", "B/s", "first batch after"):
+    for words in (
+        "while pages were read",
+        "from the page cache",
+        "windows/s",
+        "steps/s",
+        "bytes/s",
+        "first batch after",
+    ):
         assert words in text
-    assert re.search(r"page cache: \d+\.\d\d% of [\d,]+ rows were there; [\d,]+ pages read", text)
+    assert re.search(r"page cache: \d+\.\d\d% of [\d,]+ rows were there; [\d,]+ pages? read", text)
 
 
 def test_sample_as_json_counts_what_it_took(run, url):
@@ -137,6 +147,234 @@ def test_bytes_as_people_write_them(text, nbytes):
     assert parse_bytes(text) == nbytes
 
 
+# ---- what there is no room for
+
+
+WIDE = {f"field_{n:02d}": "some text of this field" for n in range(12)}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Many metadata fields, one a document for programs, and vectors that do not fit beside the rest."""
+    url = str(tmp_path_factory.mktemp("cli") / "wide")
+    with trajstore.open(url, "a") as store:
+        for number in range(3):
+            store.append(
+                {
+                    "obs": np.arange(3 * 12.0).reshape(3, 12) / 7,
+                    "action": np.full((3, 2), 0.25),
+                    "reward": np.ones(3),
+                    **{f"a_rather_long_name_{n}": np.zeros(3) for n in range(6)},
+                },
+                rest=json.dumps({"rows": list(range(40 + number))}),
+                a_number=number,
+                **{name: f"{text} {number}" for name, text in WIDE.items()},
+            )
+    return url
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("command", [["ls"], ["ls", "-n", "1"], ["head"], ["info"], ["sample", "--batches", "3"]])
+def test_tables_fit_and_name_what_they_leave_out(run, wide, monkeypatch, width, command):
+    monkeypatch.setattr(console.out, "_width", width)
+    text = run(*command[:1], wide, *command[1:])
+    assert max(map(len, text.splitlines())) <= width
+    assert '"rows"' not in text
+    whole = " ".join(text.split())
+    if command[0] in ("ls", "head"):
+        assert "\u2026" not in text  # no cell or header is cut
+        assert re.search(r"\d+ more columns: .*; -c NAME shows one", whole)
+    if command == ["ls"]:
+        header = text.splitlines()[1]
+        names = re.findall(r"\w+", header)
+        left = re.search(r"more columns: (.*?);", whole).group(1).split(", ")
+        same = re.findall(r"(\w+)=", whole)
+        assert names[:2] == ["id", "a_number"]
+        every = {"length", "reward_sum", "created_at", "rest", "a_number", *WIDE}
+        assert {*names[1:], *left, *same} >= every
+        assert not {*names} & {*left}
+    if command[0] == "head":
+        assert "neither terminated nor truncated, return 3, " in whole
+        assert "rest=..." in whole
+        assert "[0, 0.1429, ...]" in whole
+
+
+def test_columns_that_are_asked_for_are_shown_whole(run, wide, monkeypatch):
+    monkeypatch.setattr(console.out, "_width", 80)
+    text = run("ls", wide, "-c", "field_11", "-c", "rest", "-n", "1")
+    assert "more column" not in text
+    assert "42" not in text
+    assert "41]}" in text.replace(" ", "")
+    entries = run("head", wide, "-c", "obs", "-n", "1")
+    assert all(f"{value:.4g}" in re.sub(r"[\s│]", "", entries) for value in np.arange(12) / 7)
+    assert "no column 'what' in the table of trajectories; there are uuid, length" in run(
+        "ls", wide, "-c", "what", code=1
+    )
+    rows = json.loads(run("ls", wide, "-c", "a_number", "--json"))
+    assert rows == [{"id": n, "a_number": n} for n in range(3)]
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, 1), (2, 6)])
+def test_one_is_singular(run, tmp_path, count, steps):
+    with trajstore.open(tmp_path / "s", "a") as store:
+        for _ in range(count):
+            store.append({"reward": np.zeros(steps // count)})
+    s, ies = ("", "y") if count == 1 else ("s", "ies")
+    for command in ("info", "sample"):
+        assert f"{count} trajector{ies}, {steps} step{s}" in run(
+            command, str(tmp_path / "s"), *["--batches=2"][: command == "sample"]
+        )
+    assert re.search(r"1 segment of .*, 1 manifest of ", run("info", str(tmp_path / "s")))
+    assert f"trajectory 0: {steps // count} step{'s' * (steps // count > 1)}, " in run("head", str(tmp_path / "s"))
+
+
+# ---- what errors say
+
+
+PYTHON = re.compile(r"\b(bases|overwrite|allow_pickle|trajectory_format|cache_bytes|mode|order|pad|n_step|window)=")
+
+
+def rollout(steps=3, envs=2):
+    return Trajectory(
+        max_episode_length=steps,
+        model_weights_id="w",
+        actions=torch.zeros(steps, envs, 2),
+        rewards=torch.ones(steps, envs),
+    )
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Stores and files of RLinf in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, form in (
+        ("pickles", "pkl"),
+        ("files", "pt"),
+        ("ranks/rank_0", "pt"),
+        ("ranks/rank_1", "pt"),
+        ("buffer", "store"),
+    ):
+        with TrajectoryReplayBuffer(seed=1, trajectory_format=form) as buffer:
+            buffer.add_trajectories([rollout(), rollout()])
+            buffer.save_checkpoint(name)
+    for name in ("runs/a/s", "runs/b"):
+        with trajstore.open(name, "a") as store:
+            store.append({"action": np.arange(3)})
+    with trajstore.open("runs/a/s") as store:
+        store.trajectories.save("elsewhere/s", share="reference")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["head", "elsewhere/s"], "if you trust that place, open it with --base {here}/runs/a/s"),
+        (
+            ["rlinf", "import", "pickles", "new"],
+            "pass --allow-pickle if you trust it, or have it written with --format 'pt'",
+        ),
+        (["rlinf", "export", "buffer", "files"], "pass --overwrite to replace it, or choose another place"),
+        (["rlinf", "export", "buffer", "new", "--format", "npz"], "--format 'npz', expected 'pt' or 'pkl'"),
+        (
+            ["rlinf", "merge-or-split", "--source-path", "files", "--save-path", "new", "--split-count", "9"],
+            "--split-count 9: ",
+        ),
+        (["sample", "runs/b", "--window", "9"], "--pad 'edge' or 'zero'"),
+        (["sample", "runs/b", "--pad", "much"], "--pad 'much', expected"),
+        (["sample", "runs/b", "--order", "best"], "--order 'best', expected"),
+        (["sample", "runs/b", "--n-step", "0"], "--n-step 0, expected at least 1"),
+        (["sample", "runs/b", "--n-step", "2"], "--n-step sums the column 'reward'"),
+        (["sample", "runs/b", "--cache-bytes", "10"], "pass --cache-bytes >= "),
+        (["info", "runs/b", "--storage-option", "a=1"], "--storage-option ['a'] mean nothing for the local path"),
+        (["record", "CartPole-v1", "--out", "new", "--codec", "best"], "--codec 'best', expected"),
+        (["info", "nowhere"], "or make one: trajstore record, or trajstore rlinf import"),
+    ],
+)
+def test_errors_name_options(run, places, arguments, words):
+    text = " ".join(run(*arguments, code=1).split())
+    assert words.format(here=places) in text
+    assert not PYTHON.search(text)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "a store is already at s; open it with mode='a', or choose another place",
+            "a store is already at s; choose another place",
+        ),
+        ("check the permissions of the folder, or open with mode='r'", "check the permissions of the folder"),
+        ("or pass single_writer=True if nobody", "or in Python pass single_writer=True if nobody"),
+        ("s3://a: denied; check storage_options", "s3://a: denied; check --storage-option"),
+        ("columns 'a' and 'b' are in order; the window has 3", "columns 'a' and 'b' are in order; the window has 3"),
+        ("no trajstore at /x/storage_options/cache_bytes.d", "no trajstore at /x/storage_options/cache_bytes.d"),
+    ],
+)
+def test_messages_in_the_words_of_the_command_line(message, said):
+    assert console.for_commands(message) == said
+
+
+@pytest.mark.parametrize(
+    "trusted", ["runs", "runs/", "./runs/a", "elsewhere/../runs", "{here}/runs", "file://{here}/runs"]
+)
+def test_bases_may_be_relative(run, places, trusted, monkeypatch):
+    trusted = trusted.format(here=places)
+    assert "trajectory 0: 3 steps" in run("head", "elsewhere/s", "--base", trusted)
+    assert "--base" in run("head", "elsewhere/s", "--base", "elsewhere", code=1)
+    with trajstore.open("elsewhere/s", bases={trusted: None}) as store:
+        assert store.trajectories[0]["action"][:].tolist() == [0, 1, 2]
+        pickled = pickle.dumps(store.trajectories)
+    assert parse_bases([trusted, "s3://b/x"], ["key=1"]).keys() == {
+        str(places / os.path.normpath(trusted.removeprefix("file://"))),
+        "s3://b/x",
+    }
+    with trajstore.open("elsewhere/s", bases={"run": None}) as store, pytest.raises(trajstore.UntrustedBaseError):
+        store.trajectories[0]["action"][:]
+    monkeypatch.chdir("/")  # where another process may stand
+    assert pickle.loads(pickled)[0]["action"][:].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("files", "these are RLinf's files; make a store of them: trajstore rlinf import {here}/files STORE"),
+        (
+            "ranks",
+            "its folders (rank_0, rank_1) hold RLinf's files; make a store of them: "
+            "trajstore rlinf import {here}/ranks STORE",
+        ),
+        ("runs", "there are stores in its folders (b); open one of them, {here}/runs/b say"),
+        ("", "there are stores in its folders (buffer); open one of them"),
+        ("runs/a/s/segments", "(trajstore.json is not there); check the path"),
+    ],
+)
+def test_a_place_without_a_store_says_what_is_there(run, places, place, words):
+    where = str(places / place).rstrip("/")
+    assert words.format(here=places) in " ".join(run("ls", where, code=1).split())
+    with pytest.raises(trajstore.StoreNotFoundError) as caught:
+        trajstore.open(where)
+    assert words.format(here=places) in str(caught.value)
+
+
+def test_ranks_that_are_stores(places):
+    for rank in range(6):
+        with trajstore.open(f"stores/rank_{rank}", "a") as store:
+            store.append({"action": np.arange(3)})
+    with pytest.raises(
+        trajstore.StoreNotFoundError, match=r"\(rank_0, rank_1, rank_2, rank_3, \.\.\.\).*merge-or-split --source"
+    ):
+        trajstore.open("stores")
+    assert not os.path.exists("stores/trajstore.json")
+
+
+def test_merge_begins_where_one_stands(run, places, monkeypatch):
+    monkeypatch.chdir(places / "ranks")
+    assert "[default: .]" in " ".join(run("rlinf", "merge-or-split", "--help").replace("│", " ").split())
+    assert "4 rollouts in ../merged" in " ".join(run("rlinf", "merge-or-split", "--save-path", "../merged").split())
+    text = " ".join(run("rlinf", "import", ".", "../one").split())
+    assert text.startswith("4 rollouts (8 trajectories in the store) in ../one")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -148,11 +386,11 @@ def test_bytes_as_people_write_them(text, nbytes):
         (["info", "s3:/bad/../url"], "error: no trajstore at"),
         (["info", "nope://x"], "Protocol not known"),
         (["sample", "{url}", "--window", "99"], "no trajectory has 99 steps"),
-        (["sample", "{url}", "--order", "best"], "order='best', expected one of 'random'"),
+        (["sample", "{url}", "--order", "best"], "--order 'best', expected one of 'random'"),
         (["sample", "{url}", "-c", "nothing"], "no column 'nothing'"),
-        (["sample", "{url}", "--cache-bytes", "1kB"], "pass cache_bytes >= "),
+        (["sample", "{url}", "--cache-bytes", "1kB"], "pass --cache-bytes >= "),
         (["sample", "{url}", "--device", "cuda:99"], "CUDA devices here"),
-        (["sample", "{url}", "--device", "quantum"], "device='quantum'"),
+        (["sample", "{url}", "--device", "quantum"], "--device 'quantum'"),
         (["record", "CartPole-v7", "--out", "memory://cli"], "CartPole"),
     ],
 )
@@ -165,6 +403,7 @@ def test_errors_are_one_sentence(run, url, arguments, message):
 def test_wrong_usage_is_shown(run):
     assert "KEY=VALUE" in run("info", "x", "--storage-option", "nonsense", code=2)
     assert "is not a number of bytes" in run("sample", "x", "--cache-bytes", "much", code=2)
+    assert "less than one byte" in run("sample", "x", "--cache-bytes", "0", code=2)
     assert "Invalid value" in run("record", "CartPole-v1", "--out", "x", "--episodes", "0", code=2)
 
 

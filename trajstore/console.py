@@ -1,7 +1,11 @@
-"""The terminal: what commands print to, and how errors look there."""
+"""The terminal: what commands print to, how they count, and how errors look there.
+
+Invariant: what is printed of an error names options of the command line, not arguments of Python.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -13,11 +17,71 @@ from trajstore.errors import TrajstoreError
 out = Console()
 err = Console(stderr=True)
 
+# Advice that has another form on the command line, or none.
+_PHRASES = (
+    (re.compile(r"bases=\{'([^']*)': None\} \(or its storage options instead of None\)"), r"--base \1"),
+    (re.compile(r"or make one with mode='a'"), "or make one: trajstore record, or trajstore rlinf import"),
+    (re.compile(r"open it with mode='a', or choose another place"), "choose another place"),
+    (re.compile(r"check the permissions of the folder, or open with mode='r'"), "check the permissions of the folder"),
+    (re.compile(r"pass single_writer=True"), "in Python pass single_writer=True"),
+)
+# Keywords of Python and their options. Those that are also words of English are keywords only with "=" behind them.
+_OPTIONS = {
+    "allow_pickle": "--allow-pickle",
+    "bases": "--base",
+    "cache_bytes": "--cache-bytes",
+    "codec": "--codec",
+    "columns": "--column",
+    "copy": "--copy",
+    "device": "--device",
+    "n_step": "--n-step",
+    "order": "--order",
+    "overwrite": "--overwrite",
+    "pad": "--pad",
+    "save_path": "--save-path",
+    "source_path": "--source-path",
+    "split_count": "--split-count",
+    "storage_options": "--storage-option",
+    "trajectory_format": "--format",
+    "version": "--version",
+    "window": "--window",
+}
+_NOT_BEFORE, _NOT_BEHIND = r"(?<![\w/'\".-])", r"(?![\w/'\"-])"
+_ASSIGNED = re.compile(rf"{_NOT_BEFORE}({'|'.join(_OPTIONS)})=(True\b)?(?=([^\s,;)])?)")
+_BARE = re.compile(rf"{_NOT_BEFORE}({'|'.join(name for name in _OPTIONS if '_' in name)}){_NOT_BEHIND}")
+
 
 def run(command: Callable[[], None]) -> None:
     """Run a command; errors that trajstore raises on purpose are printed as one sentence, and end with status 1."""
     try:
         command()
     except (TrajstoreError, ImportError) as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/bold red] {escape(for_commands(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def for_commands(message: str) -> str:
+    """What a message says to programmers, for people at a command line.
+
+    >>> for_commands("a.pkl is a pickle; pass allow_pickle=True, or have it written with trajectory_format='pt'")
+    "a.pkl is a pickle; pass --allow-pickle, or have it written with --format 'pt'"
+    >>> for_commands("cache_bytes=1000 is below one batch; pass cache_bytes >= 8388608")
+    '--cache-bytes 1000 is below one batch; pass --cache-bytes >= 8388608'
+    """
+    for pattern, words in _PHRASES:
+        message = pattern.sub(words, message)
+    message = _ASSIGNED.sub(lambda found: _OPTIONS[found[1]] + " " * bool(found[3] and not found[2]), message)
+    return _BARE.sub(lambda found: _OPTIONS[found[1]], message)
+
+
+def quantity(n: int, noun: str) -> str:
+    """A number of things.
+
+    >>> quantity(1, "segment"), quantity(0, "batch"), quantity(1234, "trajectory")
+    ('1 segment', '0 batches', '1,234 trajectories')
+    """
+    if n == 1:
+        return f"1 {noun}"
+    if noun.endswith("y"):
+        return f"{n:,} {noun[:-1]}ies"
+    return f"{n:,} {noun}{'es' if noun.endswith('ch') else 's'}"

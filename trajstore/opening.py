@@ -14,7 +14,7 @@ from typing import Any
 from trajstore.errors import ReadOnlyError
 from trajstore.format.codecs import check_preset
 from trajstore.read.access import StoreAccess
-from trajstore.read.bases import Bases
+from trajstore.read.bases import Bases, absolute
 from trajstore.read.cache import DEFAULT_CACHE_BYTES
 from trajstore.read.disk_cache import DiskCache
 from trajstore.schema import Column, Schema
@@ -76,8 +76,8 @@ def open(
         cache_dir_bytes: Its bound.
         storage_options: Credentials, endpoint and so on, for fsspec.
         single_writer: Allow a storage that cannot create an object atomically; you promise that nobody else writes.
-        bases: Where other stores may lie that this one refers to, besides its own parent folder: prefixes of URLs, with the
-            storage options of each, or None.
+        bases: Where other stores may lie that this one refers to, besides its own parent folder: prefixes of URLs or paths
+            (relative ones are seen from the working directory), with the storage options of each, or None.
 
     Raises:
         StoreNotFoundError: Mode ``"r"`` and no store there, or a bucket that does not exist.
@@ -113,10 +113,10 @@ def open(
     filesystem = connect(url, storage_options=storage_options, single_writer=single_writer)
     declared = schema if isinstance(schema, Schema) else Schema(tuple(schema or ()))
     cache = CacheOptions(cache_bytes, None if cache_dir is None else os.fspath(cache_dir), cache_dir_bytes)
-    reopen = None
+    reopen, trusted = None, absolute(bases)
     if not filesystem.url.startswith("memory://"):
-        reopen = functools.partial(_reopened, filesystem.url, storage_options, cache, bases)
-    others = Bases(filesystem.url, _connect_base, options=storage_options, trusted=bases)
+        reopen = functools.partial(_reopened, filesystem.url, storage_options, cache, trusted)
+    others = Bases(filesystem.url, _connect_base, options=storage_options, trusted=trusted)
     return open_on(
         filesystem, mode, declared=declared, version=version, options=options, cache=cache, bases=others, reopen=reopen
     )

@@ -1,16 +1,23 @@
-"""What a person sees of a store in a terminal."""
+"""What a person sees of a store in a terminal.
+
+Invariant: a table is never wider than the terminal because of how many columns a store has: those that fit are shown, the
+others are named.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from trajstore.console import quantity
 from trajstore.feed.measure import Pace, SamplingMeasurement
 from trajstore.read.leases import CacheStats
 from trajstore.read.usage import StoreUsage
@@ -19,6 +26,7 @@ from trajstore.trajectory import Trajectory
 from trajstore.view import View
 
 _WIDEST_CELL = 28
+_BRIEF_ENTRIES = 2  # shown of a vector for whose entries there is no room
 
 
 def usage_json(store: Store, usage: StoreUsage) -> dict[str, Any]:
@@ -53,9 +61,12 @@ def print_info(console: Console, store: Store, usage: StoreUsage) -> None:
     mean = usage.steps / usage.trajectories if usage.trajectories else 0.0
     console.print(f"[bold]{store.url}[/bold]  version {usage.version}", highlight=False)
     console.print(
-        f"{usage.trajectories:,} trajectories, {usage.steps:,} steps (mean {mean:,.1f}), "
-        f"{usage.segments:,} segments of {decimal(usage.segment_bytes)}, "
-        f"{usage.manifests} manifests of {decimal(usage.manifest_bytes)}",
+        f"{quantity(usage.trajectories, 'trajectory')}, {quantity(usage.steps, 'step')} (mean {mean:,.1f})",
+        highlight=False,
+    )
+    console.print(
+        f"{quantity(usage.segments, 'segment')} of {decimal(usage.segment_bytes)}, "
+        f"{quantity(usage.manifests, 'manifest')} of {decimal(usage.manifest_bytes)}",
         highlight=False,
     )
     if not usage.trajectories:
@@ -67,7 +78,10 @@ def print_info(console: Console, store: Store, usage: StoreUsage) -> None:
 
 def print_columns(console: Console, store: Store) -> None:
     """The schema, one row per column, then the metadata fields."""
-    table = Table("column", "per step", "rows", "presence", title="columns", title_justify="left")
+    table = Table(title="columns", title_justify="left")
+    table.add_column("column", overflow="fold")
+    for name in ("per step", "rows", "presence"):
+        table.add_column(name, no_wrap=True)
     for column in store.schema:
         rows = "length + 1" if column.extra else "length"
         table.add_row(column.path, column.describe(), rows, column.presence)
@@ -80,10 +94,10 @@ def print_columns(console: Console, store: Store) -> None:
 def print_usage(console: Console, usage: StoreUsage, *, title: str = "where the bytes are") -> None:
     """Where the bytes are, largest first."""
     table = Table(title=title, title_justify="left")
-    for name in ("object", "codec"):
-        table.add_column(name)
+    table.add_column("object", overflow="fold")
+    table.add_column("codec", no_wrap=True)
     for name in ("rows", "in memory", "stored", "ratio", "share"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     total = max(sum(entry.stored_bytes for entry in usage.objects.values()), 1)
     for name, entry in sorted(usage.objects.items(), key=lambda item: -item[1].stored_bytes):
         logical = entry.logical_bytes
@@ -100,52 +114,91 @@ def print_usage(console: Console, usage: StoreUsage, *, title: str = "where the 
     console.print(table)
 
 
-def print_trajectories(console: Console, frame: pd.DataFrame, *, total: int) -> None:
-    """``trajstore ls``: the trajectory table, without what only programs need, and as much of it as is wide enough."""
-    shown = frame.drop(columns=["uuid"])
-    cells = {str(name): [_clipped(_cell(value)) for value in shown[name]] for name in shown.columns}
-    same = {} if len(shown) < 2 else {name: texts[0] for name, texts in cells.items() if len(set(texts)) == 1}
-    room = console.width - max((len(str(number)) for number in shown.index), default=2) - 4
+def print_trajectories(
+    console: Console, frame: pd.DataFrame, *, total: int, columns: Sequence[str] | None = None
+) -> None:
+    """``trajstore ls``: the trajectory table.
+
+    Args:
+        console: Where to print.
+        frame: One row per trajectory, as ``View.to_pandas`` gives.
+        total: How many trajectories there are.
+        columns: Which columns; by default those for which there is room, lengths and returns first, without what only
+            programs need, and without those whose values are all the same, which take a line.
+    """
+    shown = frame[list(columns)] if columns is not None else frame[_useful_first(frame)]
+    cells = {str(name): [_cell(value) for value in shown[name]] for name in shown.columns}
+    width = max([len("id"), *(len(str(number)) for number in shown.index)])
+    same: dict[str, str] = {}
+    fitting, left = list(cells), list[str]()
+    if columns is None:
+        cells = {name: [_clipped(text) for text in texts] for name, texts in cells.items()}
+        alone = len(shown) < 2
+        same = {name: texts[0] for name, texts in cells.items() if len(set(texts)) == 1 and not (alone and texts[0])}
+        widths = {name: _width(name, cells[name]) for name in cells if name not in same}
+        fitting = _that_fit(widths, console.width - width - 4)
+        left = [name for name in cells if name not in same and name not in fitting]
+        left += [str(name) for name in frame.columns if name not in cells and name != "uuid"]
     table = Table("id")
-    fitting: list[str] = []
-    for name in (name for name in cells if name not in same):
-        room -= max(len(name), *map(len, cells[name]), 0) + 3 if cells[name] else len(name) + 3
-        if room < 0:
-            break
-        fitting.append(name)
+    for name in fitting:
         numeric = pd.api.types.is_numeric_dtype(shown[name]) and shown[name].dtype != bool
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=columns is None, overflow="fold")
     for row, number in enumerate(shown.index):
         table.add_row(str(number), *(cells[name][row] for name in fitting))
     console.print(table)
     alike = ", ".join(f"{name}={text}" for name, text in same.items() if text)
     if alike:
         console.print(f"in all of these: {alike}", highlight=False)
-    left = [name for name in cells if name not in same and name not in fitting]
-    if left:
-        console.print(f"not shown, for lack of room: {', '.join(left)} (--json has all)", highlight=False)
+    _print_left(console, left, "-c NAME shows one, --json all")
     if total > len(frame):
-        console.print(f"{len(frame)} of {total:,} trajectories", highlight=False)
+        console.print(f"{len(frame)} of {quantity(total, 'trajectory')}", highlight=False)
 
 
-def print_steps(console: Console, trajectory: Trajectory, frame: pd.DataFrame) -> None:
-    """``trajstore head``: steps of one trajectory."""
-    ending = "terminated" if trajectory.terminated else "truncated" if trajectory.truncated else "neither ended"
-    console.print(
-        f"trajectory {trajectory.id}: {trajectory.length:,} steps, {ending}, return {_cell(trajectory.reward_sum)}, "
-        f"{', '.join(f'{k}={v}' for k, v in trajectory.metadata.items()) or 'no metadata'}",
-        highlight=False,
-    )
+def print_steps(
+    console: Console, trajectory: Trajectory, frame: pd.DataFrame, *, columns: Sequence[str] | None = None
+) -> None:
+    """``trajstore head``: steps of one trajectory.
+
+    Args:
+        console: Where to print.
+        trajectory: Whose.
+        frame: One row per step, as ``View.steps`` gives.
+        columns: Those that were asked for, which are shown whatever room there is.
+    """
+    about = [f"trajectory {trajectory.id}: {quantity(trajectory.length, 'step')}"]
+    flags = {"terminated": trajectory.terminated, "truncated": trajectory.truncated}
+    about.append(" and ".join(name for name, is_so in flags.items() if is_so) or "neither terminated nor truncated")
+    if total := _cell(trajectory.reward_sum):
+        about.append(f"return {total}")
+    told = {name: "..." if _is_document(value) else _cell(value) for name, value in trajectory.metadata.items()}
+    about += [f"{name}={_clipped(text)}" for name, text in told.items() if text]
+    console.print(", ".join(about), highlight=False)
+    groups: dict[str, list[str]] = {}  # the columns of the frame that are one column of the store
+    for name in map(str, frame.columns):
+        groups.setdefault(next(path for path in trajectory.columns if _shows(name, path)), []).append(name)
+    whole = {name: [_cell(value) for value in frame[name]] for name in map(str, frame.columns)}
+    most = _BRIEF_ENTRIES if columns is None else None
+    brief = {path: _brief([whole[name] for name in names], most) for path, names in groups.items()}
+    brief_widths = {path: _width(path, texts) for path, texts in brief.items()}
+    room = console.width - len("step") - 4
+    fitting = list(groups) if columns is not None else _that_fit(brief_widths, room)
+    room -= sum(brief_widths[path] for path in fitting)
     table = Table("step")
-    for name in frame.columns:
-        table.add_column(str(name), justify="right")
-    for (_, step), row in zip(frame.index, frame.itertuples(index=False), strict=True):
-        table.add_row(str(step), *(_cell(value) for value in row))
+    cells: list[list[str]] = []
+    for path in fitting:
+        more = sum(_width(name, whole[name]) for name in groups[path]) - brief_widths[path]
+        in_full = len(groups[path]) == 1 or more <= room
+        room -= more if in_full else 0
+        for name, texts in {name: whole[name] for name in groups[path]}.items() if in_full else [(path, brief[path])]:
+            table.add_column(name, justify="right", no_wrap=columns is None, overflow="fold")
+            cells.append(texts)
+    for row, (_, step) in enumerate(frame.index):
+        table.add_row(str(step), *(texts[row] for texts in cells))
     console.print(table)
-    left_out = [name for name in trajectory.columns if not any(_shows(shown, name) for shown in frame.columns)]
-    if left_out:
-        described = [f"{name} ({trajectory.column(name).column.describe()})" for name in left_out]
-        console.print(f"not shown: {', '.join(described)}", highlight=False)
+    if columns is None:
+        left = [name for name in trajectory.columns if name not in fitting]
+        described = [f"{name} ({trajectory.column(name).column.describe()})" for name in left]
+        _print_left(console, described, "-c NAME shows one")
 
 
 def sampling_json(view: View, measured: SamplingMeasurement, *, window: int | None) -> dict[str, Any]:
@@ -177,17 +230,21 @@ def sampling_json(view: View, measured: SamplingMeasurement, *, window: int | No
 
 def print_sampling(console: Console, view: View, measured: SamplingMeasurement, *, window: int | None) -> None:
     """``trajstore sample``."""
-    console.print(f"{len(view):,} trajectories, {view.num_steps:,} steps, version {view.version}", highlight=False)
+    console.print(
+        f"{quantity(len(view), 'trajectory')}, {quantity(view.num_steps, 'step')}, version {view.version}",
+        highlight=False,
+    )
     table = Table(title=f"a batch, {decimal(measured.batch_bytes)}", title_justify="left")
-    for name in ("column", "dtype", "shape"):
-        table.add_column(name)
+    table.add_column("column", overflow="fold")
+    for name in ("dtype", "shape"):
+        table.add_column(name, no_wrap=True)
     for entry in measured.entries:
         table.add_row(entry.path, entry.dtype, str(list(entry.shape)))
     console.print(table)
     table = Table(title="how fast", title_justify="left")
     table.add_column("batches")
     for name in ("number", "seconds", "windows/s", "steps/s", "bytes/s"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for label, pace in (("while pages were read", measured.cold), ("from the page cache", measured.hot)):
         if pace.batches:
             table.add_row(
@@ -196,7 +253,7 @@ def print_sampling(console: Console, view: View, measured: SamplingMeasurement, 
                 f"{pace.seconds:.2f}",
                 f"{pace.windows_per_s:,.0f}",
                 f"{pace.windows_per_s * (window or 1):,.0f}",
-                f"{decimal(round(measured.bytes_per_s(pace)))}/s",
+                decimal(round(measured.bytes_per_s(pace))),
             )
     console.print(table)
     if not measured.hot.batches:
@@ -214,10 +271,50 @@ def described_cache(stats: CacheStats) -> str:
     rows = stats.hits + stats.misses
     share = stats.hits / rows if rows else 0.0
     return (
-        f"page cache: {share:.2%} of {rows:,} rows were there; {stats.pages_read:,} pages read "
+        f"page cache: {share:.2%} of {rows:,} rows were there; {quantity(stats.pages_read, 'page')} read "
         f"({decimal(stats.bytes_read)} stored, {decimal(stats.bytes_decoded)} in memory), {stats.evictions:,} evicted; "
         f"{decimal(stats.used_bytes)} of {decimal(stats.capacity_bytes)} used"
     )
+
+
+def _useful_first(frame: pd.DataFrame) -> list[str]:
+    """Columns of the trajectory table: what training asks for, then metadata, then when; without what only programs need."""
+    names = [str(name) for name in frame.columns if name not in ("uuid", "created_at")]
+    names = [name for name in names if not any(_is_document(value) for value in frame[name])]
+    return names + [name for name in ("created_at",) if name in frame.columns]
+
+
+def _that_fit(widths: Mapping[str, int], room: int) -> list[str]:
+    """The names that fit, each earlier one before a later one; those too wide are passed over."""
+    fitting = []
+    for name, width in widths.items():
+        if width <= room:
+            fitting.append(name)
+            room -= width
+    return fitting
+
+
+def _width(name: str, texts: Sequence[str]) -> int:
+    """Of a column of a table, with its border and blanks."""
+    return max(len(name), *map(len, texts), 0) + 3
+
+
+def _print_left(console: Console, left: Sequence[str], how: str) -> None:
+    if left:
+        console.print(f"{quantity(len(left), 'more column')}: {', '.join(left)}; {how}", highlight=False)
+
+
+def _brief(entries: Sequence[Sequence[str]], most: int | None) -> list[str]:
+    """The rows of a vector in one column, from those of its entries; not more than ``most`` of these."""
+    if len(entries) == 1:
+        return list(entries[0])
+    more = ["..."] * (most is not None and len(entries) > most)
+    return [f"[{', '.join([*row[:most], *more])}]" for row in zip(*entries, strict=True)]
+
+
+def _is_document(value: Any) -> bool:
+    """Whether a field holds JSON for programs, which nobody reads in a table."""
+    return isinstance(value, str) and len(value) > _WIDEST_CELL and value[0] in "{["
 
 
 def _shows(frame_column: str, path: str) -> bool:
@@ -231,11 +328,14 @@ def _clipped(text: str) -> str:
 def _cell(value: Any) -> str:
     if value is None or value is pd.NA or value is pd.NaT:
         return ""
+    if isinstance(value, np.ndarray):
+        return _brief([[_cell(number)] for number in value.reshape(-1)[: _BRIEF_ENTRIES + 1].tolist()], _BRIEF_ENTRIES)[
+            0
+        ]
     if isinstance(value, bool):
         return "yes" if value else ""
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.4g}"
     if isinstance(value, pd.Timestamp):
         return value.strftime("%Y-%m-%d %H:%M:%S")
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return str(value)

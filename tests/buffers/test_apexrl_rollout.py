@@ -297,6 +297,99 @@ def test_what_is_not_computed_for_all_steps_is_not_kept():
             buffer.append_to(store, truncated=torch.zeros(1, 2))
 
 
+FIRST = ["obs", "action", "reward", "value", "log_prob"]
+
+
+@pytest.mark.parametrize("order", [[False, True, False], [True, False, True]])
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("obs_shape", [(2,), {"image": (2, 2), "state": (1,)}])
+def test_one_store_takes_rollouts_before_and_after_computing(tmp_path, order, flushed, obs_shape):
+    buffers = []
+    for number, computed in enumerate(order):
+        buffers.append(filled(steps_of(3, 2, obs_shape, seed=number, done_rate=0.0)))
+        if computed:
+            buffers[-1].compute_returns_and_advantages(torch.ones(2))
+        with trajstore.open(tmp_path / "s", mode="a") as store:
+            buffers[-1].append_to(store, update=number)
+            if flushed:
+                store.flush()
+    with trajstore.open(tmp_path / "s") as store:
+        presence = {column.path: column.presence for column in store.schema}
+        assert [path.split("/")[0] for path in presence][-2:] == ["advantage", "return"]
+        assert {path for path, found in presence.items() if found == "optional"} == {"advantage", "return"}
+        for update, (buffer, computed) in enumerate(zip(buffers, order, strict=True)):
+            for n, episode in enumerate(store.trajectories.filter("update == @update", update=update)):
+                expected = {"obs": buffer.observations, "reward": buffer.rewards, "action": buffer.actions}
+                if computed:
+                    expected |= {"advantage": buffer.advantages, "return": buffer.returns}
+                found = episode.read()
+                assert set(found) == {*FIRST, *expected}
+                for name, value in expected.items():
+                    assert same(each(found[name], torch.as_tensor), each(value, lambda x, n=n: x[:, n]))
+
+
+def test_in_one_handle_too():
+    buffer = filled(steps_of(3, 2, (2,), done_rate=0.0))
+    with trajstore.open(f"memory://{uuid.uuid4()}", mode="a") as store:
+        buffer.append_to(store)
+        buffer.compute_returns_and_advantages(torch.ones(2))
+        buffer.append_to(store)
+        assert ["advantage" in episode.read() for episode in store.trajectories] == [False, False, True, True]
+
+
+def test_a_store_whose_columns_do_not_fit():
+    buffer = filled(steps_of(2, 1, (2,)))
+    with trajstore.open(f"memory://{uuid.uuid4()}", mode="a") as store:
+        numbers = dict.fromkeys([*FIRST[2:], "advantage", "return"], torch.zeros(3))
+        store.append({"obs": torch.zeros(3, 2), "action": torch.zeros(3, 3), **numbers})
+        with pytest.raises(errors.MissingColumnError, match=r"requires 'advantage' and 'return' .* append to another"):
+            buffer.append_to(store)
+        buffer.compute_returns_and_advantages(torch.ones(1))
+        refs = buffer.append_to(store)
+        assert len(store.trajectories) == 1 + len(refs)
+    with trajstore.open(f"memory://{uuid.uuid4()}", mode="a") as store:
+        store.append({"obs": torch.zeros(3, 2), "return/of": torch.zeros(3)})
+        with pytest.raises(errors.SchemaConflictError, match=r"'return' .*; append to another store"):
+            buffer.append_to(store)
+        assert len(store.trajectories) == 1
+
+
+def test_a_path_is_no_store():
+    buffer = filled(steps_of(2, 1, (2,)))
+    with pytest.raises(
+        ValueError, match=r"store is a str \('runs/ppo'\), expected a store: trajstore.open\(path, mode='a'\)"
+    ):
+        buffer.append_to("runs/ppo")
+
+
+def test_what_was_computed_for_fewer_rows_is_forgotten():
+    steps = steps_of(3, 2, (4,))
+    buffer = filled(steps[:2], 3)
+    buffer.compute_returns_and_advantages(torch.ones(2))
+    assert buffer.get_all_data()["advantages"].any()
+    stale = copy.deepcopy(buffer.state_dict())
+    buffer.add(**steps[2])
+    for name in ("advantages", "returns"):
+        assert not buffer.get_all_data()[name].any()
+    assert not any(tensor.any() for tensor in buffer.get_minibatch(6)[4:6])
+    buffer.compute_returns_and_advantages(torch.ones(2))
+    expected = page_gae(steps, torch.ones(2), 0.99, 0.95)
+    torch.testing.assert_close(buffer.advantages.double(), expected[0], rtol=1e-5, atol=1e-5)
+
+    stale["computed"] = 1  # as if it were a state of the two rows, and one had been added since
+    other = filled(steps[:1], 3)
+    other.load_state_dict(stale)
+    assert not other.get_all_data()["advantages"].any()
+
+
+def test_advantages_of_ones_own_stay():
+    steps = steps_of(2, 1, (4,))
+    buffer = filled(steps[:1], 2)
+    buffer.advantages[0] = 3.0
+    buffer.add(**steps[1])
+    assert buffer.get_all_data()["advantages"].tolist() == [3.0, 0.0]
+
+
 # ---- state
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trajstore.console import err
+from trajstore.read.bases import absolute
 
 Url = Annotated[str, typer.Argument(help="Where the store is: a path, or s3://bucket/path.", metavar="URL")]
 Version = Annotated[Optional[int], typer.Option(help="Show this version instead of the latest.")]  # noqa: UP045
@@ -32,15 +33,17 @@ Base = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
         "--base",
-        help="Where other stores may lie that this one refers to, besides its own parent folder: the beginning of a URL; "
-        "may be repeated.",
+        help="Where other stores may lie that this one refers to, besides its own parent folder: a path, or the "
+        "beginning of a URL; may be repeated.",
     ),
 ]
 
 
 def parse_bases(prefixes: list[str] | None, pairs: list[str] | None) -> dict[str, dict[str, Any] | None]:
-    """Trusted prefixes with their storage options, which are those of the command for buckets."""
-    return {prefix: parse_options(pairs) if "://" in prefix else None for prefix in prefixes or []}
+    """Trusted prefixes with their storage options, which are those of the command for buckets; paths become absolute."""
+    return {
+        prefix: parse_options(pairs) if "://" in prefix else None for prefix in absolute(dict.fromkeys(prefixes or []))
+    }
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
@@ -68,7 +71,10 @@ def parse_bytes(text: str) -> int:
     if found is None:
         raise typer.BadParameter(f"{text!r} is not a number of bytes; write 500MB, 8GiB or 1000000")
     number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    nbytes = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if nbytes < 1:
+        raise typer.BadParameter(f"{text!r} is less than one byte; write 500MB, 8GiB or 1000000")
+    return nbytes
 
 
 def print_json(document: Any) -> None:

@@ -55,6 +55,12 @@ def ls(
     url: Url,
     where: Where = None,
     limit: Annotated[int, typer.Option("--limit", "-n", help="Show at most this many, the newest.", min=1)] = 20,
+    columns: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--column", "-c", help="A column to show; may be repeated. Default: those that there is room for."
+        ),
+    ] = None,
     version: Version = None,
     as_json: AsJson = False,
     storage_option: StorageOption = None,
@@ -64,10 +70,16 @@ def ls(
     with opened(url, version, storage_option, base) as store:
         view = store.trajectories.filter(where) if where else store.trajectories
         frame = view.last(limit).to_pandas()
+        for name in columns or []:
+            if name not in frame.columns:
+                raise trajstore.UnknownColumnError(
+                    f"no column {name!r} in the table of trajectories; there are {', '.join(frame.columns)}"
+                )
         if as_json:
-            print_json(json.loads(frame.reset_index().to_json(orient="records", date_format="iso")))
+            shown = frame[columns] if columns else frame
+            print_json(json.loads(shown.reset_index().to_json(orient="records", date_format="iso")))
         else:
-            report.print_trajectories(out, frame, total=len(view))
+            report.print_trajectories(out, frame, total=len(view), columns=columns)
 
 
 def head(
@@ -79,7 +91,9 @@ def head(
     n: Annotated[int, typer.Option("-n", help="How many steps.", min=1)] = 10,
     columns: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--column", "-c", help="A column to show; may be repeated. Default: all small ones."),
+        typer.Option(
+            "--column", "-c", help="A column to show; may be repeated. Default: small ones that there is room for."
+        ),
     ] = None,
     version: Version = None,
     as_json: AsJson = False,
@@ -92,7 +106,7 @@ def head(
         chosen = view.first(1) if trajectory is None else view.filter("id == @wanted", wanted=trajectory)
         if not len(chosen):
             raise trajstore.IndexRangeError(
-                f"{url} has no trajectory {trajectory}; `trajstore ls {url}` shows the {len(view)} that it has"
+                f"{url} has no trajectory {trajectory}; `trajstore ls {url}` shows those that it has"
                 if len(view)
                 else f"{url} holds no trajectories yet"
             )
@@ -100,7 +114,7 @@ def head(
         if as_json:
             print_json(json.loads(frame.reset_index().to_json(orient="records", date_format="iso")))
         else:
-            report.print_steps(out, chosen[0], frame)
+            report.print_steps(out, chosen[0], frame, columns=columns)
 
 
 def sample(

@@ -8,7 +8,7 @@ import typer
 
 import trajstore
 from trajstore.cli.common import StorageOption, parse_options, progress_bar
-from trajstore.console import err, out
+from trajstore.console import err, out, quantity
 
 
 def record(
@@ -52,10 +52,11 @@ def record(
                 )
             except KeyboardInterrupt:
                 store.flush()
-                err.print(f"interrupted: the {done} finished episodes ({steps:,} steps) are in {url}")
+                err.print(f"interrupted: the {done} finished episodes ({quantity(steps, 'step')}) are in {url}")
                 raise typer.Exit(130) from None
         store.flush()
-        out.print(f"{done} episodes, {steps:,} steps in [bold]{url}[/bold], version {store.version}", highlight=False)
+        told = f"{quantity(done, 'episode')}, {quantity(steps, 'step')}"
+        out.print(f"{told} in [bold]{url}[/bold], version {store.version}", highlight=False)
         out.print(f"look at them: trajstore info {url}", highlight=False)
 
 

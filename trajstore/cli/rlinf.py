@@ -1,8 +1,13 @@
-"""Commands for buffers of RLinf: its merge-or-split tool, and its files into a store and back."""
+"""Commands for buffers of RLinf: its merge-or-split tool, and its files into a store and back.
+
+What RLinf calls a trajectory, the steps of several environments side by side, is a rollout here; a store holds it as
+trajectories, the episodes of each environment.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from collections.abc import Mapping
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -11,9 +16,15 @@ from trajstore.buffers.rlinf import export_files, import_directories, merge_or_s
 from trajstore.buffers.rlinf.arrange import refers_to
 from trajstore.buffers.rlinf.holding import options_for
 from trajstore.cli.common import Base, StorageOption, parse_bases, parse_options
-from trajstore.console import err, out
+from trajstore.console import err, out, quantity
+from trajstore.errors import StoreNotFoundError
 
-app = typer.Typer(help="Replay buffers of RLinf: merge, split, import, export.", no_args_is_help=True)
+app = typer.Typer(
+    help="Replay buffers of RLinf: merge, split, import, export.\n\n"
+    "A rollout is what RLinf calls a trajectory: several environments side by side. A store holds it as trajectories, the "
+    "episodes of each environment.",
+    no_args_is_help=True,
+)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of what is there.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pkl files, which can run any code.")]
@@ -21,14 +32,14 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pkl files, w
 
 @app.command("merge-or-split")
 def merge_or_split_command(
+    save_path: Annotated[str, typer.Option(help="Where the result goes: a path or a URL.")],
     source_path: Annotated[
         str,
         typer.Option(help="A buffer, or a folder of rank_* buffers: stores, or RLinf's files. A path or a URL."),
-    ],
-    save_path: Annotated[str, typer.Option(help="Where the result goes: a path or a URL.")],
+    ] = ".",
     split_count: Annotated[
         Optional[int],  # noqa: UP045 - typer reads annotations at run time
-        typer.Option(help="Keep the first so many trajectories of one buffer.", min=1),
+        typer.Option(help="Keep the first so many rollouts of one buffer.", min=1),
     ] = None,
     copy: Annotated[
         bool,
@@ -39,26 +50,27 @@ def merge_or_split_command(
     storage_option: StorageOption = None,
     base: Base = None,
 ) -> None:
-    """Merge the buffers of several ranks, interleaved by trajectory id; or keep the first trajectories of one.
+    """Merge the buffers of several ranks, interleaved by trajectory id; or keep the first rollouts of one.
 
-    Trajectories are numbered from 0 in the result. RLinf's tool moves files
+    Rollouts are numbered from 0 in the result. RLinf's tool moves files
     unless told to copy; here nothing is ever moved: a result of stores refers
     to the segments of its sources, one of RLinf's files is hard links on the
     same disk. With --copy it stands alone.
 
     Example: trajstore rlinf merge-or-split --source-path runs/buffer --save-path runs/merged
     """
+    given = parse_options(storage_option)
     count = merge_or_split(
         source_path,
         save_path,
         split_count=split_count,
         copy=copy,
-        storage_options=parse_options(storage_option),
+        storage_options=given,
         bases=parse_bases(base, storage_option),
         progress=True,
     )
-    out.print(f"{count} trajectories in [bold]{save_path}[/bold]", highlight=False)
-    elsewhere = refers_to(save_path, storage_options=parse_options(storage_option))
+    out.print(f"{_rollouts(count, save_path, given)} in [bold]{save_path}[/bold]", highlight=False)
+    elsewhere = refers_to(save_path, storage_options=given)
     if elsewhere:
         err.print(
             f"it refers to {', '.join(elsewhere)}, outside its own parent folder: whoever opens it has to trust "
@@ -78,10 +90,10 @@ def import_command(
 
     Example: trajstore rlinf import logs/replay_buffer runs/replay
     """
-    count = import_directories(
-        source, url, allow_pickle=allow_pickle, storage_options=parse_options(storage_option), progress=True
-    )
-    out.print(f"{count} trajectories in [bold]{url}[/bold]; look at them: trajstore info {url}", highlight=False)
+    given = parse_options(storage_option)
+    count = import_directories(source, url, allow_pickle=allow_pickle, storage_options=given, progress=True)
+    told = _rollouts(count, url, given)
+    out.print(f"{told} in [bold]{url}[/bold]; look at them: trajstore info {url}", highlight=False)
 
 
 @app.command("export")
@@ -92,7 +104,7 @@ def export_command(
     overwrite: Overwrite = False,
     storage_option: StorageOption = None,
 ) -> None:
-    """Write the trajectories of a store as RLinf's files.
+    """Write the rollouts of a store as RLinf's files.
 
     Example: trajstore rlinf export runs/replay logs/replay_buffer
     """
@@ -106,4 +118,15 @@ def export_command(
             storage_options=options_for(path, given),
             progress=True,
         )
-    out.print(f"{metadata.size} trajectories, {metadata.total_samples} samples in [bold]{path}[/bold]", highlight=False)
+    told = f"{_rollouts(metadata.size, url, given)}, {quantity(metadata.total_samples, 'sample')}"
+    out.print(f"{told} in [bold]{path}[/bold]", highlight=False)
+
+
+def _rollouts(count: int, url: str, storage_options: Mapping[str, Any]) -> str:
+    """How many rollouts, and how many trajectories they are if they are in a store."""
+    told = quantity(count, "rollout")
+    try:
+        with trajstore.open(url, storage_options=options_for(url, storage_options)) as store:
+            return f"{told} ({quantity(store.num_trajectories, 'trajectory')} in the store)"
+    except StoreNotFoundError:
+        return told  # RLinf's files

@@ -6,6 +6,7 @@ the store there is the one that was meant; anything else is an error that names 
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ class Bases:
         url: Of the store.
         connect: From a URL and storage options to a filesystem.
         options: Storage options of the store itself, used for bases beside it.
-        trusted: Prefixes of URLs that may be opened, with the storage options of each.
+        trusted: Prefixes of URLs that may be opened, with the storage options of each; see ``absolute``.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Bases:
         self._url = url
         self._connect = connect
         self._options = options
-        self._trusted = dict(trusted or {})
+        self._trusted = absolute(trusted)
         self._opened: dict[tuple[str, str], Filesystem] = {}
 
     def open(self, base: Base) -> Filesystem:
@@ -103,6 +104,20 @@ class Bases:
             f"place, open it "
             f"with bases={{{url!r}: None}} (or its storage options instead of None)"
         )
+
+
+def absolute(prefixes: Mapping[str, Mapping[str, Any] | None] | None) -> dict[str, Mapping[str, Any] | None]:
+    """Trusted prefixes as references are compared with them: local ones are full paths, seen from the working directory.
+
+    >>> absolute({"s3://bucket/runs": {"anon": True}, "/data/../runs/": None, "file:///other": None})
+    {'s3://bucket/runs': {'anon': True}, '/runs': None, '/other': None}
+    """
+    return {_absolute(os.fspath(prefix)): options for prefix, options in (prefixes or {}).items()}
+
+
+def _absolute(prefix: str) -> str:
+    path = prefix.removeprefix("file://")
+    return prefix if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def parent_of(url: str) -> str | None:

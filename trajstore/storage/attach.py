@@ -6,13 +6,22 @@ same time, one does and the others open it.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import uuid
 
-from trajstore.errors import StoreExistsError, StoreNotFoundError, UnsupportedStorageError
+from trajstore.errors import StorageError, StoreExistsError, StoreNotFoundError, UnsupportedStorageError
 from trajstore.format import layout
 from trajstore.format.snapshot import StoreDocument
 from trajstore.storage.commit import EMPTY_VERSION, History, Version
 from trajstore.storage.filesystem import Filesystem
+
+# By these an error recognises a buffer that RLinf saved; the older index has its misspelling.
+_RLINF_DOCUMENT = "metadata.json"
+_RLINF_INDEXES = ("trajectory_index.json", "trajector_index.json")
+_MOST_FOLDERS = 1000  # looked into for the sake of a message
+_NAMED_FOLDERS = 4
 
 
 def open_existing(filesystem: Filesystem, history: History, version: int | None) -> tuple[str, Version]:
@@ -26,24 +35,25 @@ def open_existing(filesystem: Filesystem, history: History, version: int | None)
     Raises:
         StoreNotFoundError: There is none.
     """
-    document, hint = filesystem.read_many([layout.STORE_DOCUMENT, layout.LATEST_HINT])
-    if document is None:
-        raise StoreNotFoundError(
-            f"no trajstore at {filesystem.description} ({layout.STORE_DOCUMENT} is not there); check the path or bucket, or "
-            "make one with mode='a'"
-        )
-    store = StoreDocument.from_bytes(document, key=f"{layout.STORE_DOCUMENT} in {filesystem.description}")
-    if version is not None:
-        return store.store_uuid, history.load(version)
-    return store.store_uuid, history.latest(history.parse_hint(hint))
+    found = _find(filesystem, history, version)
+    if found is None:
+        raise StoreNotFoundError(f"no trajstore at {filesystem.description}{_what_is_there(filesystem)}")
+    return found
 
 
 def find_existing(filesystem: Filesystem, history: History) -> tuple[str, Version] | None:
     """Identity and latest version of the store that is there, or None."""
-    try:
-        return open_existing(filesystem, history, None)
-    except StoreNotFoundError:
+    return _find(filesystem, history, None)
+
+
+def _find(filesystem: Filesystem, history: History, version: int | None) -> tuple[str, Version] | None:
+    document, hint = filesystem.read_many([layout.STORE_DOCUMENT, layout.LATEST_HINT])
+    if document is None:
         return None
+    store = StoreDocument.from_bytes(document, key=f"{layout.STORE_DOCUMENT} in {filesystem.description}")
+    if version is not None:
+        return store.store_uuid, history.load(version)
+    return store.store_uuid, history.latest(history.parse_hint(hint))
 
 
 def open_or_create(filesystem: Filesystem, history: History, *, must_be_new: bool) -> tuple[str, Version]:
@@ -71,6 +81,39 @@ def taken(filesystem: Filesystem) -> StoreExistsError:
     return StoreExistsError(
         f"a store is already at {filesystem.description}; open it with mode='a', or choose another place"
     )
+
+
+def _what_is_there(filesystem: Filesystem) -> str:
+    """What an error says of a place without a store: what lies there instead, and what to do with it."""
+    place, folders = filesystem.description, _folders(filesystem)
+    keys = [_RLINF_DOCUMENT, *_RLINF_INDEXES, *(f"{folder}/{layout.STORE_DOCUMENT}" for folder in folders)]
+    keys += [f"{folder}/{_RLINF_DOCUMENT}" for folder in folders if folder.startswith("rank_")]
+    found: set[str] = set()
+    with contextlib.suppress(StorageError):
+        found = {key for key, data in zip(keys, filesystem.read_many(keys), strict=True) if data is not None}
+    stores = [folder for folder in folders if f"{folder}/{layout.STORE_DOCUMENT}" in found]
+    ranks = [folder for folder in folders if f"{folder}/{_RLINF_DOCUMENT}" in found]
+    if _RLINF_DOCUMENT in found and found.intersection(_RLINF_INDEXES):
+        return f": these are RLinf's files; make a store of them: trajstore rlinf import {place} STORE"
+    if stores:
+        told = ", ".join(stores[:_NAMED_FOLDERS]) + ", ..." * (len(stores) > _NAMED_FOLDERS)
+        advice = f"open one of them, {place}/{stores[0]} say"
+        if len(stores) > 1 and all(folder.startswith("rank_") for folder in stores):
+            advice += f", or merge them: trajstore rlinf merge-or-split --source-path {place} --save-path STORE"
+        return f", but there are stores in its folders ({told}); {advice}"
+    if ranks:
+        told = ", ".join(ranks[:_NAMED_FOLDERS]) + ", ..." * (len(ranks) > _NAMED_FOLDERS)
+        return f": its folders ({told}) hold RLinf's files; make a store of them: trajstore rlinf import {place} STORE"
+    return f" ({layout.STORE_DOCUMENT} is not there); check the path or bucket, or make one with mode='a'"
+
+
+def _folders(filesystem: Filesystem) -> list[str]:
+    """Names of folders inside a folder; in a bucket, where a listing goes all the way down, only what is likely."""
+    if "://" in filesystem.url:
+        return ["rank_0", "rank_1"]
+    with contextlib.suppress(OSError), os.scandir(filesystem.url) as entries:
+        return sorted(entry.name for entry in itertools.islice(entries, _MOST_FOLDERS) if entry.is_dir())
+    return []
 
 
 def _check_creation_is_atomic(filesystem: Filesystem) -> None:

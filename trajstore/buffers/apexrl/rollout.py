@@ -45,8 +45,8 @@ class RolloutBuffer:
         dones: 1 where the episode ended with the step.
         values: Of the observations.
         log_probs: Of the actions.
-        advantages: Zero until computed.
-        returns: Zero until computed.
+        advantages: Zero until computed, and again from the next ``add`` on: they were those of a shorter rollout.
+        returns: Likewise.
         step: Rows that were added.
 
     Raises:
@@ -89,7 +89,7 @@ class RolloutBuffer:
         self.num_steps = num_steps
         self.device = torch.empty(0, device=device).device  # "cuda" is cuda:0, as its tensors will say
         self.step = 0
-        self._computed = 0  # rows that advantages and returns were computed for
+        self._computed = 0  # rows that advantages and returns were computed for: all, or 0
         self._observations = Field.of("observations", obs_shape, obs_dtype)
         privileged = _privileged_shape(num_privileged_obs, privileged_obs_shape)
         privileged_dtype = torch.float32 if isinstance(obs_dtype, Mapping) else obs_dtype
@@ -164,6 +164,8 @@ class RolloutBuffer:
         for path, tensor in self._tensors():
             tensor[self.step] = rows[path]
         self.step += 1
+        if self._computed:
+            self._forget_computed()
 
     def compute_returns_and_advantages(
         self,
@@ -209,7 +211,8 @@ class RolloutBuffer:
 
         Returns:
             ``observations``, ``privileged_observations`` (or None), ``actions``, ``old_log_probs``, ``advantages``,
-            ``returns`` and ``values``. They are views of the buffer: the next rollout overwrites them.
+            ``returns`` and ``values``. They are views of the buffer: the next rollout overwrites them. Advantages and
+            returns are zero where they were not computed, or steps were added since.
 
         Raises:
             EmptyBufferError: Nothing was added; a ValueError and RuntimeError.
@@ -240,9 +243,8 @@ class RolloutBuffer:
 
     def clear(self) -> None:
         """Forget all steps; memory, and shape and dtype of actions, stay."""
-        self.step = self._computed = 0
-        self.advantages.zero_()
-        self.returns.zero_()
+        self.step = 0
+        self._forget_computed()
 
     def to(self: _Self, device: torch.device | str) -> _Self:
         """Move everything to a device; returns the buffer."""
@@ -256,8 +258,9 @@ class RolloutBuffer:
 
         They are split where ``dones`` is positive. Columns: ``obs`` (``obs/<key>`` for dict observations),
         ``privileged_obs`` if there are any, ``action``, ``reward``, ``value``, ``log_prob``, and ``advantage`` and
-        ``return`` if they have been computed. A step with ``dones`` is the terminated end of its episode; the last piece of
-        an environment that was still going on is neither terminated nor truncated.
+        ``return`` if they have been computed: one store takes rollouts with and without these two. A step with ``dones`` is
+        the terminated end of its episode; the last piece of an environment that was still going on is neither terminated
+        nor truncated.
 
         Args:
             store: Open for appending.
@@ -269,8 +272,10 @@ class RolloutBuffer:
 
         Raises:
             EmptyBufferError: Nothing was added; a ValueError and RuntimeError.
+            SelectionError: ``store`` is no store, a path say; a ValueError.
             ColumnShapeError: ``truncated`` has another shape; a ValueError.
-            SchemaError: The store has other columns; a ValueError.
+            SchemaError: The store has other columns, or requires ``advantage`` and ``return`` and they were not computed; a
+                ValueError.
         """
         n = self._filled()
         named = {
@@ -281,12 +286,12 @@ class RolloutBuffer:
             "value": self.values,
             "log_prob": self.log_probs,
         }
-        if self._computed == n:
+        if self._computed:
             named |= {"advantage": self.advantages, "return": self.returns}
         steps = {
             path: tensor[:n] for path, tensor in flatten({k: v for k, v in named.items() if v is not None}).items()
         }
-        return append_episodes(store, steps, self.dones[:n] > 0, truncated, metadata)
+        return append_episodes(store, steps, self.dones[:n] > 0, truncated, metadata, computed=("advantage", "return"))
 
     def state_dict(self) -> dict[str, Any]:
         """``num_steps``, ``num_envs``, ``step``, ``computed`` and ``tensors``: copies of the rows added, by flat name."""
@@ -342,6 +347,14 @@ class RolloutBuffer:
         for path, tensor in [*self._tensors(), ("advantages", self.advantages), ("returns", self.returns)]:
             if path in tensors:
                 tensor[: self.step] = tensors[path]
+        if 0 < self._computed < self.step:  # from a version that kept those of a shorter rollout
+            self._forget_computed()
+
+    def _forget_computed(self) -> None:
+        """Advantages and returns that belong to other rows than those of now are nobody's."""
+        self._computed = 0
+        self.advantages.zero_()
+        self.returns.zero_()
 
     def _zeros(self, field: Field) -> Values:
         return field.nested(field.zeros(self.num_steps, self.num_envs, device=self.device))
