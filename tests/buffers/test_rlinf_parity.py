@@ -34,7 +34,7 @@ from tests.support.rlinf_reference import (
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
 from trajstore.errors import SelectionError
 
-FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 FORMATS = ["store", "pt", "pkl"]
 # Keywords of both generations; what they keep differs, what they sample does not.
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -83,7 +83,7 @@ def assert_parity(buffer: TrajectoryReplayBuffer, reference: ReferenceBuffer, *,
 
 
 class TestSampling:
-    @settings(FEW, max_examples=80)
+    @settings(FEW, max_examples=40)
     @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)), window=st.sampled_from([0, 1, 2, 3, 100]))
     def test_batches(self, data: st.DataObject, kind: str, window: int) -> None:
         layout = data.draw(layouts())

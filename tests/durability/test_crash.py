@@ -18,7 +18,10 @@ RUNNERS = 2
 
 
 @pytest.mark.timeout(600)
-def test_children_killed_in_every_step_of_the_commit_lose_nothing_acknowledged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills_per_step", [4, pytest.param(15, marks=pytest.mark.slow)])
+def test_children_killed_in_every_step_of_the_commit_lose_nothing_acknowledged(
+    kills_per_step: int, tmp_path: Path
+) -> None:
     """Each child has acknowledged a flush before it dies; each later child checks the whole store before it appends.
 
     pytest and its plugins hold threads, so the children's parent is a process of its own, one per core.
@@ -34,7 +37,8 @@ def test_children_killed_in_every_step_of_the_commit_lose_nothing_acknowledged(t
     for number in range(RUNNERS):
         folder = tmp_path / str(number)
         folder.mkdir()
-        command = [sys.executable, "-m", "tests.support.crash", str(folder), str(number), *steps[number::RUNNERS]]
+        mine = steps[number::RUNNERS]
+        command = [sys.executable, "-m", "tests.support.crash", str(folder), str(number), str(kills_per_step), *mine]
         runners.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
@@ -50,8 +54,7 @@ def test_children_killed_in_every_step_of_the_commit_lose_nothing_acknowledged(t
     assert [failure for report in reports for failure in report["failures"]] == []
 
     kills = sum((Counter(report["kills"]) for report in reports), Counter())
-    assert {step for step, count in kills.items() if count >= 15} == set(steps), kills
-    assert kills.total() >= 200
+    assert {step for step, count in kills.items() if count >= kills_per_step} == set(steps), kills
     assert [report["threads"] for report in reports] == [1] * RUNNERS, "the parents hold no threads"
     acknowledged = sum(report["acknowledged"] for report in reports)
     shown = sum(report["shown"] for report in reports)

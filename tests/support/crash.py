@@ -39,7 +39,6 @@ from trajstore.storage.local import LocalFilesystem
 from trajstore.write.batch import WriteOptions
 from trajstore.write.shard import ShardBuilder
 
-KILLS_PER_STEP = 15
 ANY_TIME = "at any time"
 
 # Where a child dies: the system call, what it is about, and on which side of it.
@@ -178,7 +177,7 @@ class KillingFilesystem(LocalFilesystem):
             super()._unlink(path)
 
 
-def run(folder: str, seed: int, steps: Sequence[str], kills_per_step: int = KILLS_PER_STEP) -> Report:
+def run(folder: str, seed: int, steps: Sequence[str], kills_per_step: int) -> Report:
     """Kill children in each of the steps, in a store of its own each, and check after every death."""
     report = Report()
     gc.freeze()  # children would otherwise copy what a collection only looks at
@@ -323,8 +322,8 @@ def _child(
 
 def main() -> None:
     """Entry of the runner's process."""
-    folder, seed, *steps = sys.argv[1:]
-    report = run(folder, int(seed), steps)
+    folder, seed, kills_per_step, *steps = sys.argv[1:]
+    report = run(folder, int(seed), steps, int(kills_per_step))
     json.dump(report.__dict__, sys.stdout)
 
 
