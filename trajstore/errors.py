@@ -20,6 +20,8 @@
     ├── FormatVersionError (NotImplementedError)  written by a newer trajstore
     ├── VersionNotFoundError (LookupError)
     │   └── VersionExpiredError               it existed; vacuum emptied it
+    ├── TagNameError (ValueError)             a text that cannot be the name of a tag
+    ├── TagExistsError (FileExistsError)      a tag of this name, for another version
     ├── CorruptionError (ValueError)          an object's bytes are not what was written
     ├── StorageError (OSError)                the disk or bucket failed; the cause is chained
     │   ├── MissingObjectError (FileNotFoundError)
@@ -29,7 +31,9 @@
     ├── UntrustedBaseError (PermissionError)  segments of another store, outside the trusted prefixes
     ├── UntrustedPickleError (PermissionError)  a pickle, which could run any code, without allow_pickle
     ├── CommitError (RuntimeError)            appended trajectories could not be committed
-    │   └── CommitOutcomeUnknownError         the storage never said whether it landed
+    │   ├── CommitOutcomeUnknownError         the storage never said whether it landed
+    │   ├── CommitTooOldError                 its objects are so old that a vacuum may have removed them
+    │   └── ManifestsChangedError             an edit was made from a version that others have rewritten since
     ├── ReadOnlyError (PermissionError)
     ├── ClosedError (ValueError)
     ├── ForkedError (RuntimeError)            a handle used in a forked child
@@ -126,6 +130,14 @@ class VersionExpiredError(VersionNotFoundError):
     """The version existed; vacuum has emptied it since."""
 
 
+class TagNameError(TrajstoreError, ValueError):
+    """A text that cannot be the name of a tag."""
+
+
+class TagExistsError(TrajstoreError, FileExistsError):
+    """A tag of this name is there, for another version."""
+
+
 class CorruptionError(TrajstoreError, ValueError):
     """An object's bytes are not those that were written."""
 
@@ -164,6 +176,14 @@ class CommitError(TrajstoreError, RuntimeError):
 
 class CommitOutcomeUnknownError(CommitError):
     """The storage never said whether the commit landed; it may or may not be in the store."""
+
+
+class CommitTooOldError(CommitError):
+    """What was to be committed was stored so long ago that a vacuum may have removed it."""
+
+
+class ManifestsChangedError(CommitError):
+    """An edit was made from a version whose manifests others have rewritten since."""
 
 
 class ReadOnlyError(TrajstoreError, PermissionError):

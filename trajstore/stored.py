@@ -74,6 +74,19 @@ def element_array(values: Array, dtype: str, shape: tuple[int, ...]) -> pa.Array
     return pa.FixedSizeListArray.from_arrays(flat, size) if shape else flat
 
 
+def empty_rows(column: Column, count: int) -> Stored:
+    """Rows that hold nothing: zeros ``(count, *shape)``, which take no memory, empty texts or empty lists."""
+    if not column.is_variable:
+        return np.broadcast_to(np.zeros((), column.physical_dtype), (count, *column.shape))
+    if column.ragged:
+        offsets = pa.array(np.zeros(count + 1, np.int64))
+        if column.dtype in VARIABLE_DTYPES:
+            return pa.LargeListArray.from_arrays(offsets, pa.array([], _text_type(column.dtype)))
+        none = np.empty((0, *column.shape), column.physical_dtype)
+        return list_array(offsets, none, column.dtype, column.shape)
+    return pa.array(["" if column.dtype == "string" else b""] * count, _text_type(column.dtype))
+
+
 def to_user(column: Column, stored: Stored) -> Any:
     """Stored rows as people use them.
 
@@ -112,6 +125,10 @@ def from_physical(dtype: str, array: Array) -> Any:
     if dtype == "bfloat16":
         return torch.from_numpy(np.array(array)).view(torch.bfloat16)
     return array.view(dtype) if dtype.startswith(("datetime64", "timedelta64")) else array
+
+
+def _text_type(dtype: str) -> pa.DataType:
+    return pa.large_string() if dtype == "string" else pa.large_binary()
 
 
 def _object_array(stored: pa.Array) -> Array:

@@ -15,7 +15,8 @@ import pandas as pd
 
 from trajstore.errors import IndexRangeError, SelectionError, UnknownColumnError
 from trajstore.format.manifest import TABLE_FIELDS
-from trajstore.schema import Column, nest
+from trajstore.names import nest
+from trajstore.schema import Column
 from trajstore.stored import Array, to_user
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Trajectory:
     def columns(self) -> tuple[str, ...]:
         """Names of its columns."""
         table = self._view._table
-        present = set(table.segments[int(table.segment[self._row])].columns)
+        present = set(table.segments[int(table.segment[self._row])].all_columns)
         return tuple(c.path for c in self._view.schema if c.path in present)
 
     def __contains__(self, name: object) -> bool:

@@ -23,7 +23,8 @@ from trajstore.errors import (
     SchemaError,
     UnknownColumnError,
 )
-from trajstore.schema import VARIABLE_DTYPES, Column, Schema, canonical_dtype, flatten
+from trajstore.names import flatten
+from trajstore.schema import VARIABLE_DTYPES, Column, Schema, canonical_dtype
 from trajstore.stored import Array, Stored, exact_cast, list_array, ragged_values
 
 
@@ -126,6 +127,7 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(flat: Mapping[str, Any], schema: Schema) -> dict[str, Stored]:
     """Columns as the schema stores them, none missing."""
+    schema.check_appended(flat)
     columns = {}
     for path, value in flat.items():
         column = schema.get(path)

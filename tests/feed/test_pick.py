@@ -20,7 +20,7 @@ from tests.support.reference import Recording, reference_batch
 from tests.support.strategies import bits
 from trajstore import Column
 from trajstore.errors import CacheTooSmallError, ClosedError, IndexRangeError, SelectionError, UnknownColumnError
-from trajstore.schema import nest
+from trajstore.names import nest
 
 RELAXED = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SCHEMA = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import io
+import json
 import math
 
 import numpy as np
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from trajstore import CorruptionError, MetadataError
 from trajstore.format import manifest as m
 from trajstore.format.manifest import SegmentEntry, TrajectoryRow
-from trajstore.schema import METADATA_TYPES, RESERVED_METADATA
+from trajstore.format.schemas import validate
+from trajstore.names import RESERVED_METADATA
+from trajstore.schema import METADATA_TYPES
 
 NOW = dt.datetime(2026, 3, 1, 12, 0, 0, 1, tzinfo=dt.UTC)
 FIELDS = {"task": "string", "score": "float64", "n": "int64", "ok": "bool", "raw": "bytes", "when": "timestamp"}
@@ -64,7 +67,11 @@ def expected_row(number, one, segments, fields):
 @st.composite
 def manifests(draw, first=0):
     segments = [segment(draw(st.integers(0, 2**100)), columns=tuple(draw(st.lists(st.text(max_size=3), max_size=3))))]
-    segments += [segment(2**120 + n, layers=("ab" * 16,) * n, base=n or None) for n in range(draw(st.integers(0, 2)))]
+    layers = [segment(2**121 + n, columns=(f"derived {n}",), base=n or None) for n in range(2)]
+    segments += [
+        segment(2**120 + n, layers=tuple(layers[: draw(st.integers(0, 2))]), base=n or None)
+        for n in range(draw(st.integers(0, 2)))
+    ]
     fields = {name: FIELDS[name] for name in FIELDS if draw(st.booleans())}
     count = draw(st.integers(1, 6))
     rows = []
@@ -116,15 +123,76 @@ def test_merging_is_concatenation(made):
                 expected.append({**found, "segment": segments[found["segment"]]})
         first_id += len(rows)
     merged = m.merge_manifests(parts, FIELDS)
-    assert len({(s.uuid, s.base) for s in merged.segments}) == len(merged.segments)
+    assert len({(s.uuid, s.base, s.layers) for s in merged.segments}) == len(merged.segments)
     found = [{**one, "segment": merged.segments[one["segment"]].uuid} for one in merged.table.to_pylist()]
     assert found == [{**one, "segment": one["segment"].uuid} for one in expected]
     data = m.encode_manifest(merged)
     again = m.decode_manifest(m.manifest_entry("manifests/y.parquet", data, merged, 0), data)
     assert again.table.equals(merged.table)
+    assert again.segments == merged.segments
     # The ids are written out: another first_id changes nothing.
     moved = m.manifest_entry("manifests/y.parquet", data, merged, 999)
     assert m.live_rows(moved, again.table)["id"].to_pylist() == [one["id"] for one in expected]
+
+
+def segment_table(data):
+    return json.loads(pq.read_schema(io.BytesIO(data)).metadata[b"trajstore.segments"])
+
+
+def with_segment_table(data, described):
+    table = pq.read_table(io.BytesIO(data))
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({b"trajstore.segments": json.dumps(described).encode()}), sink)
+    return sink.getvalue()
+
+
+def test_layers_are_entries_after_those_that_rows_name():
+    layers = [segment(7, columns=("x",)), segment(8, columns=("y",)), segment(9, columns=("x",))]
+    segments = [segment(1, layers=tuple(layers[:2]), base=0), segment(2), segment(3, layers=(layers[2],))]
+    entry, data = stored([row(n, segments[n].uuid) for n in range(3)], segments, {})
+    described = segment_table(data)
+    validate(described, "segment-table")
+    assert [s["uuid"] for s in described["segments"]] == [s.uuid for s in (*segments, *layers)]
+    assert [s["layers"] for s in described["segments"]] == [[s.uuid for s in one.layers] for one in segments] + [[]] * 3
+    found = m.decode_manifest(entry, data).segments
+    assert found == tuple(segments)
+    assert found[0].all_columns == ("a", "b", "x", "y")
+    assert found[0].total_bytes == 3 * 12345
+    assert [s.key for s in found] == [(s.uuid, *(layer.uuid for layer in s.layers)) for s in segments]
+    replaced = segments[0].with_layer(layers[2])
+    assert [layer.uuid for layer in replaced.layers] == [layers[1].uuid, layers[2].uuid]
+
+
+def test_versions_of_a_segment_with_other_layers_stay_apart_when_merged():
+    layer = segment(7, columns=("x",))
+    plain, layered = segment(1), segment(1, layers=(layer,))
+    parts = []
+    for number, one in enumerate((plain, layered, plain)):
+        entry, data = stored([row(number, one.uuid)], [one], {}, first_id=number)
+        parts.append((entry, m.decode_manifest(entry, data)))
+    merged = m.merge_manifests(parts, {})
+    assert merged.segments == (plain, layered)
+    assert merged.table["segment"].to_pylist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["segments"].pop(), "does not describe it"),
+        (lambda t: t["segments"][1].update(steps=99), "99 steps of 9 trajectories"),
+        (lambda t: t["segments"].reverse(), "layers stand before"),
+    ],
+    ids=["gone", "of other rows", "first"],
+)
+def test_layers_that_make_no_sense_are_corruption(change, message):
+    one = segment(1, layers=(segment(7, columns=("x",)),))
+    _, data = stored([row(0, one.uuid)], [one], {})
+    described = segment_table(data)
+    change(described)
+    bad = with_segment_table(data, described)
+    manifest = m.build_table([row(0, one.uuid)], [one], {})
+    with pytest.raises(CorruptionError, match=rf"manifests/x\.parquet.*{message}"):
+        m.decode_manifest(m.manifest_entry("manifests/x.parquet", bad, manifest, 0), bad)
 
 
 def test_fields_that_came_later_are_null():

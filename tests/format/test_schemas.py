@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import trajstore
 from tests.support.kinds import every_kind, trajectory_of
 from tests.support.strategies import columns
 from trajstore import CorruptionError, FormatVersionError, Schema
+from trajstore.format import layout
 from trajstore.format.document import canonical, seal, unseal
 from trajstore.format.schemas import SCHEMA_NAMES, load_schema, schemas_folder, validate
 from trajstore.format.snapshot import EMPTY, Snapshot, StoreDocument
@@ -42,6 +44,16 @@ def stem(path):
 def test_every_schema_has_valid_and_broken_examples():
     assert {schema_of(p) for p in VALID} == set(SCHEMA_NAMES) == {schema_of(p) for p in BROKEN}
     assert {p.name for p in EXAMPLES.parent.glob("*.json")} == {f"{name}.schema.json" for name in SCHEMA_NAMES}
+
+
+def test_the_page_on_the_format_names_every_schema_and_every_folder():
+    tree = (schemas_folder() / "FORMAT.md").read_text(encoding="utf-8").split("```")[1]
+    assert set(re.findall(r"([\w-]+)\.schema\.json", tree)) == set(SCHEMA_NAMES)
+    marks = {layout.TAGS, layout.PINS, layout.VACUUM}
+    folders = {layout.SNAPSHOTS, layout.MANIFESTS, layout.SEGMENTS, layout.STATISTICS, *marks}
+    assert set(re.findall(r"^STORE/(\w+)/", tree, re.MULTILINE)) == folders
+    keys = [layout.STORE_DOCUMENT, layout.LATEST_HINT, layout.snapshot_key(7), layout.statistics_key(7)]
+    assert all(f"STORE/{key} " in tree for key in keys)
 
 
 @pytest.mark.parametrize("path", VALID, ids=stem)

@@ -38,6 +38,23 @@ def test_opening_a_store_written_in_one_go_takes_six_requests_in_three_round_tri
     assert_holds(store.trajectories, expected)
 
 
+def test_opening_by_tag_takes_one_request_more_than_by_number(s3, open_store):
+    with open_store("x") as store:
+        for seed in range(5):
+            store.append(trajectory(seed, length=1))
+            store.flush()
+        store.tag("best", 3)
+
+    with s3.recording() as by_number:
+        assert open_store(version=3).version == 3
+    with s3.recording() as by_tag:
+        store = open_store(version="best")
+
+    assert store.version == 3
+    assert len(by_tag) <= len(by_number) + 1, str(by_tag)
+    assert_holds(store.trajectories, [trajectory(seed, length=1) for seed in range(3)])
+
+
 def test_a_store_whose_hint_was_never_written_opens_in_few_requests(s3, open_store, bucket):
     with open_store("x") as store:
         for seed in range(20):
@@ -156,11 +173,14 @@ def test_reading_everything_sends_no_head(s3, open_store):
         store = open_store()
         assert_holds(store.trajectories, expected)
         store.trajectories.to_pandas()
-        store.versions()
         store.trajectories.sample(16, seed=0)
 
     assert set(log.by_method()) == {"GET"}, str(log)
     assert len(log.keys("GET")) == len(log)
+
+    with s3.recording() as log:
+        assert len(store.versions()) == 5
+    assert log.by_method()["HEAD"] <= 1, str(log)  # where no version is tagged, the folder of tags is asked for
 
 
 def test_a_window_sampler_reads_each_page_run_with_one_get(s3, open_store):

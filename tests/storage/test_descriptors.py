@@ -1,11 +1,14 @@
-"""Files kept open for reading: how many, and until when."""
+"""Files kept open: how many, and until when."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
 import trajstore
+from trajstore.storage import local
 from trajstore.storage.descriptors import OpenFiles
 from trajstore.storage.filesystem import ByteRange
 from trajstore.storage.local import LocalFilesystem
@@ -85,3 +88,37 @@ def test_ranges_are_read_straight_into_memory(tmp_path):
     with pytest.raises(trajstore.MissingObjectError):
         filesystem.read_into("a/c", 0, [memoryview(one)])
     filesystem.close()
+
+
+def test_more_objects_are_stored_than_files_may_be_open(tmp_path):
+    filesystem = LocalFilesystem(str(tmp_path))
+    code = (
+        "import resource, sys\n"
+        "from trajstore.storage.local import LocalFilesystem\n"
+        "filesystem = LocalFilesystem(sys.argv[1])\n"
+        "streams = [filesystem.stream(f's/{n}') for n in range(20)]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (350, 350))\n"
+        "for stream in streams: stream.write([b'stream'])\n"
+        "filesystem.store({f'a/{n % 7}/{n}': [str(n).encode()] for n in range(1000)}, streams)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, filesystem.root], check=True)
+    numbers = range(1000)
+    found = filesystem.read_many([f"a/{n % 7}/{n}" for n in numbers])
+    assert found == [str(n).encode() for n in numbers]
+    assert filesystem.read_many([f"s/{n}" for n in range(20)]) == [b"stream"] * 20
+
+
+def test_of_many_files_every_one_is_synced_before_any_folder(tmp_path, monkeypatch):
+    filesystem = LocalFilesystem(str(tmp_path))
+    filesystem.store({"0": [b"1"]})  # the store's own folder is there
+    calls = []
+    synced, folder_synced = filesystem._fsync_file, filesystem._fsync_directory
+    monkeypatch.setattr(local, "_OPEN_TOGETHER", 3)
+    monkeypatch.setattr(filesystem, "_fsync_file", lambda d, n: (synced(d, n), calls.append(n)))
+    monkeypatch.setattr(filesystem, "_fsync_directory", lambda p: (folder_synced(p), calls.append("folder")))
+    for count in (1, 3, 4, 10):
+        calls.clear()
+        keys = [f"{count}/{n}" for n in range(count)]
+        filesystem.store({key: [b"1"] for key in keys})
+        assert sorted(calls[:count]) == sorted(keys)
+        assert set(calls[count:]) == {"folder"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import errno
 import os
 import threading
@@ -133,6 +134,22 @@ class FilesystemConformance:
         assert {i.key for i in filesystem.list_objects("")} == {"a/1", "a/b/2", "ab/3", "4"}
         assert list(filesystem.list_objects("none")) == []
 
+    def test_a_listing_says_when_objects_were_written(self, filesystem: Filesystem) -> None:
+        begun = dt.datetime.now(dt.UTC) - dt.timedelta(
+            seconds=2
+        )  # storages count in seconds, or in ticks of the kernel
+        filesystem.store({"a/1": [b"1"]})
+        filesystem.create("a/2", b"2")
+        filesystem.overwrite("a/3", b"3")
+        stream = filesystem.stream("a/4")
+        stream.write([b"4"])
+        filesystem.store({}, [stream])
+        filesystem.copy_from(filesystem, [ObjectInfo("a/1", 1)], names={"a/1": "a/5"})
+        ended = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=2)
+        found = {info.key: info.modified for info in filesystem.list_objects("a")}
+        assert sorted(found) == ["a/1", "a/2", "a/3", "a/4", "a/5"]
+        assert all(time is not None and begun <= time <= ended for time in found.values())
+
     def test_what_is_removed_is_gone_and_nothing_else(self, filesystem: Filesystem) -> None:
         names = ["a/1", "a/b/2", "a/b/3", "a/c/4", "d/5", "6"]
         filesystem.store({name: [name.encode()] for name in names})
@@ -256,6 +273,14 @@ class TestLocalFilesystem(FilesystemConformance):
         filesystem = LocalFilesystem(str(tmp_path / "not" / "yet" / "there"))
         yield filesystem
         filesystem.close()
+
+    def test_a_hard_link_is_as_young_as_the_link(self, filesystem: LocalFilesystem) -> None:
+        filesystem.store({"a": [b"1"]})
+        os.utime(os.path.join(filesystem.root, "a"), (0, 0))
+        filesystem.copy_from(filesystem, [ObjectInfo("a", 1)], names={"a": "b"})
+        for info in filesystem.list_objects(""):
+            assert info.modified is not None
+            assert dt.datetime.now(dt.UTC) - info.modified < dt.timedelta(minutes=1)
 
     def test_a_folder_in_the_place_of_an_object_is_an_error(self, filesystem: LocalFilesystem) -> None:
         filesystem.store({"folder/a": [b"1"]})

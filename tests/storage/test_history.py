@@ -85,7 +85,8 @@ def test_a_commit_on_top_of_any_old_version_lands_on_the_latest() -> None:
 def test_versions_are_later_than_their_parents_whatever_the_clock_says() -> None:
     bucket = _Bucket(0)
     noon = dt.datetime(2030, 1, 1, 12, tzinfo=dt.UTC)
-    clock = iter([noon, noon - dt.timedelta(days=1), noon, noon + dt.timedelta(seconds=1)])
+    told = [noon, noon - dt.timedelta(days=1), noon, noon + dt.timedelta(seconds=1)]
+    clock = iter([time for time in told for _ in range(2)])  # when a commit begins, and for the version
     history = History(bucket.filesystem, now=lambda: next(clock))
     head, times = EMPTY_VERSION, []
     for _ in range(4):

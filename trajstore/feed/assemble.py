@@ -17,6 +17,7 @@ import torch
 from trajstore.feed.cuda import Arrival, DeviceCopier
 from trajstore.feed.gather import REWARDS, Gatherer
 from trajstore.feed.layout import Block, Target, Value
+from trajstore.feed.normalize import Normalization, Normalizer
 from trajstore.feed.windows import Windows
 from trajstore.read.buffer_pool import Buffer, BufferPool
 from trajstore.sample.window import NStep, WindowSpec
@@ -48,6 +49,7 @@ class Assembler:
         device: Where batches go; None for where rows are gathered.
         buffers: Output buffers; by default of its own.
         keep_buffers: Free ones kept, of its own.
+        normalization: Of stored columns.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Assembler:
         device: torch.device | None = None,
         buffers: BufferPool | None = None,
         keep_buffers: int = 2,
+        normalization: Normalization | None = None,
     ) -> None:
         self._spec = spec
         self.gatherers = list(gatherers)
@@ -71,6 +74,7 @@ class Assembler:
         self._to_cuda = self._device.type == "cuda"
         cuda = next((d for d in (self._device, self._resident) if d.type == "cuda"), None)
         self._copier = None if cuda is None else DeviceCopier(cuda)
+        self._normalize = None if normalization is None else Normalizer(normalization, spec, self._device)
         self._blocks: dict[int, tuple[Block, Block]] = {}
         self.buffers = buffers or BufferPool(keep_buffers, pinned=self._to_cuda)
 
@@ -135,6 +139,8 @@ class Assembler:
             tensors = {**resident.block.tensors(moved), **tensors}
             memory.append(moved)
         objects = {name: _moved(value, self._device, memory) for name, value in objects.items()}
+        if self._normalize is not None:
+            memory += self._normalize(tensors)
         if self._spec.n_step is not None:
             tensors["reward"] = discounted_sum(tensors["reward"], tensors.pop(REWARDS), self._spec.n_step)
             memory.append(tensors["reward"])

@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from trajstore.errors import ClosedError, ForkedError, SelectionError, StorageTimeoutError
 from trajstore.feed.assemble import Batch, Lot
 from trajstore.feed.cuda import Arrival
+from trajstore.feed.normalize import Normalization
 from trajstore.feed.options import LoaderOptions
 from trajstore.feed.pipeline import Pipeline
 from trajstore.feed.prefetch import Inline, Prefetcher
@@ -173,6 +174,14 @@ class Loader(IterableDataset[Batch]):
             self._made.close()
         if self._bar is not None:
             self._bar.close()
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """What columns are normalized with, by name; None without ``normalize=``.
+
+        To deploy a policy with: ``loader.normalization["obs/state"].apply(state)``, ``["action"].undo(action)``.
+        """
+        return self._options.normalization
 
     def stats(self) -> LoaderStats:
         """Counters as they are now."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trajstore.errors import SelectionError
+from trajstore.feed.normalize import Normalization
 from trajstore.sample.window import Window
 
 ORDERS = ("random", "shuffle", "sequential", "prioritized")
@@ -50,6 +51,7 @@ class LoaderOptions:
     cache_device: torch.device | str | None = None
     output: str = "dict"
     progress: bool = False
+    normalization: Normalization | None = None  # resolved: True and names have become numbers
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "world_size"):

@@ -108,6 +108,7 @@ class Pipeline:
                 extra=extra if options.order == "prioritized" else (),
                 device=None if options.device is None else with_index(options.device),
                 keep_buffers=options.prefetch + 2,
+                normalization=options.normalization,
             )
         except BaseException:
             self.close()

@@ -11,12 +11,17 @@ LATEST_HINT = "snapshots/LATEST"
 SNAPSHOTS = "snapshots"
 MANIFESTS = "manifests"
 SEGMENTS = "segments"
+TAGS = "tags"
+PINS = "pins"
+VACUUM = "vacuum"
+STATISTICS = "statistics"
 
 STEPS_FILE = "steps.arrow"
 STATES_FILE = "states.arrow"
 PAGES_FILE = "pages.arrow"
 ZARR_METADATA = "zarr.json"
 
+_STATISTICS = re.compile(r"^statistics/(\d{20})\.json$")
 _SNAPSHOT = re.compile(r"^snapshots/(\d{20})\.json$")
 
 
@@ -41,6 +46,47 @@ def manifest_key(uuid: str) -> str:
     return f"{MANIFESTS}/{uuid}.parquet"
 
 
+def tag_key(name: str) -> str:
+    """Key of a tag."""
+    return f"{TAGS}/{name}.json"
+
+
+def pin_key(uuid: str) -> str:
+    """Key of a pin."""
+    return f"{PINS}/{uuid}.json"
+
+
+def farewell_key(uuid: str) -> str:
+    """Key of the versions that a vacuum is about to empty."""
+    return f"{VACUUM}/{uuid}.json"
+
+
+def decision_key(uuid: str) -> str:
+    """Key of those that it empties.
+
+    Examples:
+        >>> decision_key("00ff")
+        'vacuum/00ff.decided.json'
+    """
+    return f"{VACUUM}/{uuid}.decided.json"
+
+
+def statistics_key(version: int) -> str:
+    """Key of the statistics of a version, which are measured again if they are not there.
+
+    Examples:
+        >>> statistics_key(7)
+        'statistics/00000000000000000007.json'
+    """
+    return f"{STATISTICS}/{version:020d}.json"
+
+
+def statistics_version(key: str) -> int | None:
+    """The version of a key of statistics, or None for any other key."""
+    match = _STATISTICS.match(key)
+    return int(match.group(1)) if match else None
+
+
 def segment_folder(segment: str) -> str:
     """Prefix of a segment's objects."""
     return f"{SEGMENTS}/{segment}"
@@ -60,6 +106,16 @@ def segment_of(key: str) -> str | None:
 def segment_key(segment: str, name: str) -> str:
     """Key of an object inside a segment."""
     return f"{SEGMENTS}/{segment}/{name}"
+
+
+def same_object_in(segment: str, key: str) -> str:
+    """Key of what is the same object in another segment.
+
+    Examples:
+        >>> same_object_in("11ee", "segments/00ff/obs/c.0")
+        'segments/11ee/obs/c.0'
+    """
+    return segment_key(segment, key.split("/", 2)[2])
 
 
 def shard_name(path: str, rank: int) -> str:

@@ -10,7 +10,7 @@ import datetime as dt
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from trajstore.stored import Array
 _SEGMENTS_KEY = b"trajstore.segments"
 _ROWS_PER_GROUP = 1 << 18
 _SMALL_ROWS = 1024
+_DECODED_BY_ONE = 1 << 20  # bytes; of fewer, threads take longer
 _DISTINCT = ("uuid", "episode", "start", "reward_sum", "created_at")  # a dictionary of these would repeat them
 
 # Table columns, in this order, before the user's metadata fields.
@@ -55,7 +56,11 @@ _METADATA_ARROW = {
 
 @dataclass(frozen=True)
 class SegmentEntry:
-    """A segment as a manifest names it."""
+    """A segment as a manifest names it, with the layers that add derived columns to it.
+
+    A layer is a segment of the same rows, in this store or in the one that has the segment; it has no layers itself, and a
+    column is in one of them at most.
+    """
 
     uuid: str
     steps: int
@@ -65,7 +70,32 @@ class SegmentEntry:
     zarr_sha256: str
     pages_sha256: str
     base: int | None = None  # None: this store; else the number of one of the snapshot's bases
-    layers: tuple[str, ...] = ()
+    layers: tuple[SegmentEntry, ...] = ()
+
+    @property
+    def parts(self) -> tuple[SegmentEntry, ...]:
+        """The segment itself and its layers."""
+        return (self, *self.layers)
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Its columns and those of its layers."""
+        return tuple(path for part in self.parts for path in part.columns) if self.layers else self.columns
+
+    @property
+    def total_bytes(self) -> int:
+        """Stored bytes of it and its layers."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Tells it from the same segment with other layers."""
+        return tuple(part.uuid for part in self.parts) if self.layers else (self.uuid,)
+
+    def with_layer(self, layer: SegmentEntry) -> SegmentEntry:
+        """With one layer more, in the place of those that have the same columns."""
+        kept = tuple(other for other in self.layers if not set(other.columns) & set(layer.columns))
+        return replace(self, layers=(*kept, layer))
 
 
 @dataclass(frozen=True)
@@ -132,13 +162,13 @@ def merge_manifests(parts: Sequence[tuple[ManifestEntry, Manifest]], fields: Map
     """Several committed manifests as one, ids written out, deleted rows dropped, in the same order."""
     tables = []
     segments: list[SegmentEntry] = []
-    numbers: dict[tuple[str, int | None], int] = {}
+    numbers: dict[tuple[str, int | None, tuple[SegmentEntry, ...]], int] = {}
     for entry, manifest in parts:
         table = live_rows(entry, manifest.table, table_schema(fields))
         renumber = np.empty(len(manifest.segments), np.int32)
         for n in np.unique(table["segment"].to_numpy()).tolist():  # of some segments, all trajectories may be deleted
             segment = manifest.segments[n]
-            renumber[n] = numbers.setdefault((segment.uuid, segment.base), len(segments))
+            renumber[n] = numbers.setdefault((segment.uuid, segment.base, segment.layers), len(segments))
             if renumber[n] == len(segments):
                 segments.append(segment)
         where = table.schema.get_field_index("segment")
@@ -229,7 +259,7 @@ def decode_manifest(entry: ManifestEntry, data: bytes, columns: Iterable[str] | 
         columns: Only these columns; all if None.
 
     Raises:
-        CorruptionError: Size or checksum differ from the snapshot's.
+        CorruptionError: Size or checksum differ from the snapshot's, or a layer is not there.
     """
     if len(data) != entry.nbytes or checksum(data) != entry.crc32c:
         raise CorruptionError(
@@ -237,22 +267,59 @@ def decode_manifest(entry: ManifestEntry, data: bytes, columns: Iterable[str] | 
         )
     # The whole file is verified: checking page checksums once more would only cost time.
     file = pq.ParquetFile(pa.BufferReader(data))
-    names = None if columns is None else [c for c in columns if c in file.schema_arrow.names]
-    table = file.read(names)
-    described = json.loads(file.schema_arrow.metadata[_SEGMENTS_KEY])
-    sets = [tuple(names) for names in described["column_sets"]]
-    segments = tuple(
-        SegmentEntry(**{**s, "columns": sets[s["columns"]], "layers": tuple(s["layers"])})
-        for s in described["segments"]
-    )
-    return Manifest(table.replace_schema_metadata(None), segments)
+    schema = file.schema_arrow
+    known = set(schema.names)
+    wanted = None if columns is None else [c for c in columns if c in known]
+    table = file.read(wanted, use_threads=len(data) > _DECODED_BY_ONE)
+    described = json.loads(schema.metadata[_SEGMENTS_KEY])
+    return Manifest(table.replace_schema_metadata(None), _segments_of(described, entry.path))
 
 
 def _segment_table(segments: Sequence[SegmentEntry]) -> dict[str, Any]:
-    """Segments share a few sets of columns: each set is written once."""
+    """Segments share a few sets of columns: each set is written once. Layers come after the segments that rows name."""
     sets: dict[tuple[str, ...], int] = {}
-    rows = [{**vars(s), "columns": sets.setdefault(s.columns, len(sets))} for s in segments]
+    layers = dict.fromkeys(layer for segment in segments for layer in segment.layers)
+    rows = [
+        {
+            **vars(s),
+            "columns": sets.setdefault(s.columns, len(sets)),
+            "layers": [layer.uuid for layer in s.layers],
+        }
+        for s in (*segments, *layers)
+    ]
     return {"column_sets": [list(names) for names in sets], "segments": rows}
+
+
+def _segments_of(described: Mapping[str, Any], path: str) -> tuple[SegmentEntry, ...]:
+    """The inverse of ``_segment_table``: the segments that rows name, with their layers."""
+    sets = [tuple(names) for names in described["column_sets"]]
+    rows = described["segments"]
+    entries = [SegmentEntry(**{**row, "columns": sets[row["columns"]], "layers": ()}) for row in rows]
+    layered = {name for row in rows for name in row["layers"]}
+    if not layered:
+        return tuple(entries)
+    by_uuid = {entry.uuid: entry for entry in entries if entry.uuid in layered}
+    found = []
+    for entry, row in zip(entries, rows, strict=True):
+        if entry.uuid not in layered:
+            found.append(replace(entry, layers=tuple(_layer(entry, name, by_uuid, path) for name in row["layers"])))
+    if any(entry.uuid in layered for entry in entries[: len(found)]):
+        raise CorruptionError(f"{path}: layers stand before segments that rows name; restore it from a copy")
+    return tuple(found)
+
+
+def _layer(entry: SegmentEntry, name: str, by_uuid: Mapping[str, SegmentEntry], path: str) -> SegmentEntry:
+    layer = by_uuid.get(name)
+    if layer is None:
+        raise CorruptionError(
+            f"{path} names {name} as a layer of segment {entry.uuid} and does not describe it; restore it from a copy"
+        )
+    if (layer.steps, layer.trajectories) != (entry.steps, entry.trajectories):
+        raise CorruptionError(
+            f"{path}: layer {name} has {layer.steps} steps of {layer.trajectories} trajectories, its segment {entry.uuid} "
+            f"has {entry.steps} of {entry.trajectories}; restore it from a copy"
+        )
+    return layer
 
 
 def metadata_type(name: str, value: Any) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from jsonschema.exceptions import best_match
 
 from trajstore.errors import CorruptionError
 
-SCHEMA_NAMES = ("store", "snapshot", "page-index", "segment-table")
+SCHEMA_NAMES = ("store", "snapshot", "page-index", "segment-table", "tag", "pin", "vacuum", "statistics")
 
 
 def schemas_folder() -> Traversable:

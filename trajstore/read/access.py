@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from trajstore.errors import ClosedError, ForkedError, StoreNotFoundError
+from trajstore.errors import ClosedError, ForkedError, StoreNotFoundError, UntrustedBaseError
+from trajstore.format.snapshot import Base
 from trajstore.read.bases import Bases
 from trajstore.read.buffer_pool import BufferPool
 from trajstore.read.cache import PageCache
 from trajstore.read.disk_cache import DiskCache
 from trajstore.read.fetch import PageFetcher
+from trajstore.read.kept_statistics import KeptStatistics
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.table import TrajectoryTable
 from trajstore.schema import Schema
@@ -42,6 +45,7 @@ class StoreAccess:
         cache_bytes: Of the shared page cache.
         disk_cache: Keeps stored pages on a local disk, or None.
         bases: Other stores that this one refers to.
+        keep_statistics: Keep statistics of versions in the store, not in memory only.
         reopen: Version and rows to a view of them, in any process; None if no other can open the store.
     """
 
@@ -55,11 +59,13 @@ class StoreAccess:
         disk_cache: DiskCache | None,
         bases: Bases,
         reopen: Callable[[int, Array], Any] | None,
+        keep_statistics: bool = False,
     ) -> None:
         self.filesystem = filesystem
         self.store_uuid = store_uuid
         self.bases = bases
         self.readers = SegmentReaders(filesystem, workers)
+        self.statistics = KeptStatistics(filesystem, writes=keep_statistics)
         self._reopen = reopen
         self.cache_bytes = cache_bytes
         self.disk_cache = disk_cache
@@ -82,19 +88,31 @@ class StoreAccess:
         if self._closed:
             raise ClosedError(f"the store {self._url} is closed; open it again")
 
-    def table(self, history: History, version: Version) -> TrajectoryTable:
-        """The trajectories of a version, whose segments can be read from then on.
+    def table(self, history: History, version: Version, *, whole: bool = False) -> TrajectoryTable:
+        """The trajectories of a version, whose segments can be read from then on; ``whole`` as for the table.
 
         Raises:
             UntrustedBaseError: Some lie in another store, which may not be opened.
         """
-        table = TrajectoryTable(history, version)
+        table = TrajectoryTable(history, version, whole=whole)
         for entry in table.segments:
-            if entry.base is not None:
-                self.readers.place(entry, self.bases.open(version.snapshot.bases[entry.base]))
-            elif self.readers.any_elsewhere:
-                self.readers.place(entry, None)  # an earlier version may have referred to it
+            for part in entry.parts if entry.layers else (entry,):
+                if part.base is not None:
+                    self.readers.place(part, self._open_base(version.snapshot.bases[part.base], history, version))
+                elif self.readers.any_elsewhere:
+                    self.readers.place(part, None)  # an earlier version may have referred to it
         return table
+
+    def _open_base(self, base: Base, history: History, version: Version) -> Filesystem:
+        """A base of a version: where that version says, or where the latest one says, since stores are moved."""
+        try:
+            return self.bases.open(base)
+        except (StoreNotFoundError, UntrustedBaseError):
+            latest = history.latest(version.number).snapshot.bases
+            urls = {other.url for other in latest if other.store_uuid == base.store_uuid} - {base.url}
+            if not urls:
+                raise
+            return self.bases.open(replace(base, url=min(urls)))
 
     def reopening(self) -> Callable[[int, Array], Any]:
         """Version and rows to a view of them, in any process.

@@ -27,8 +27,11 @@ _ONE_PAGE_SHIFT = 62  # every row of a column with a single page is in page 0
 
 
 def group_name(column: Column) -> str:
-    """Columns of one group share their pages: a tensor column is alone, those of an Arrow file come together."""
-    if column.stored_in == "zarr":
+    """Columns of one group share their pages: those of an Arrow file come together, a tensor and a derived column are alone.
+
+    A derived column lies in a layer, which has an Arrow file of its own for it if it is a scalar.
+    """
+    if column.stored_in == "zarr" or column.presence == "derived":
         return column.path
     return layout.STATES_FILE if column.extra else layout.STEPS_FILE
 
@@ -134,6 +137,10 @@ class PageGroup:
             self.common_shift = geometry.shift
         else:
             self.common_shift = -1
+
+    def share_segment(self, number: int, other: int) -> None:
+        """A segment whose pages of this group are those of another number: it has other layers."""
+        self.base[number], self.shift[number], self.mask[number] = self.base[other], self.shift[other], self.mask[other]
 
     def pages_of(self, number: int) -> Array:
         """The group's numbers of a segment's pages, ``(n,)`` int64."""

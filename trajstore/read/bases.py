@@ -40,7 +40,7 @@ class Bases:
         self._url = url
         self._connect = connect
         self._options = options
-        self._trusted = absolute(trusted)
+        self._trusted = absolute_prefixes(trusted)
         self._opened: dict[tuple[str, str], Filesystem] = {}
 
     def open(self, base: Base) -> Filesystem:
@@ -68,8 +68,8 @@ class Bases:
         if data is None:
             filesystem.close()
             raise StoreNotFoundError(
-                f"{self._url} refers to segments of the store {url}, which is not there; move it back, or restore it "
-                f"from a copy"
+                f"{self._url} refers to segments of the store {url}, which is not there; move it back, say where "
+                "it is now (store.relocate), or restore it from a copy"
             )
         found = StoreDocument.from_bytes(data, key=f"{layout.STORE_DOCUMENT} in {filesystem.description}")
         if found.store_uuid != base.store_uuid:
@@ -106,18 +106,13 @@ class Bases:
         )
 
 
-def absolute(prefixes: Mapping[str, Mapping[str, Any] | None] | None) -> dict[str, Mapping[str, Any] | None]:
+def absolute_prefixes(prefixes: Mapping[str, Mapping[str, Any] | None] | None) -> dict[str, Mapping[str, Any] | None]:
     """Trusted prefixes as references are compared with them: local ones are full paths, seen from the working directory.
 
-    >>> absolute({"s3://bucket/runs": {"anon": True}, "/data/../runs/": None, "file:///other": None})
+    >>> absolute_prefixes({"s3://bucket/runs": {"anon": True}, "/data/../runs/": None, "file:///other": None})
     {'s3://bucket/runs': {'anon': True}, '/runs': None, '/other': None}
     """
-    return {_absolute(os.fspath(prefix)): options for prefix, options in (prefixes or {}).items()}
-
-
-def _absolute(prefix: str) -> str:
-    path = prefix.removeprefix("file://")
-    return prefix if "://" in path else os.path.abspath(os.path.expanduser(path))
+    return {absolute(os.fspath(prefix)): options for prefix, options in (prefixes or {}).items()}
 
 
 def parent_of(url: str) -> str | None:
@@ -140,6 +135,36 @@ def reference(to: str, *, seen_from: str) -> str:
     """
     parent = parent_of(seen_from)
     return "../" + to.rstrip("/")[len(parent) + 1 :] if parent and _is_under(to.rstrip("/"), parent) else to
+
+
+def absolute(url: str, *, seen_from: str | None = None) -> str:
+    """A URL or path that says the same from everywhere.
+
+    Args:
+        url: Of a store; as one store names another if ``seen_from`` is given.
+        seen_from: Where the store is that names it.
+
+    >>> absolute("../runs/a", seen_from="s3://bucket/b"), absolute("/data/a/"), absolute("s3://bucket/a/")
+    ('s3://bucket/runs/a', '/data/a', 's3://bucket/a')
+    """
+    if seen_from is not None and url.startswith("../") and parent_of(seen_from) is not None:
+        return f"{parent_of(seen_from)}/{url.removeprefix('../')}"
+    path = url.removeprefix("file://")
+    if "://" in path:
+        return path.rstrip("/")
+    return posixpath.abspath(posixpath.expanduser(path))
+
+
+def moved(url: str, old: str, new: str) -> str | None:
+    """A URL that begins with ``old``, whole parts only, with ``new`` in its place; None if it does not.
+
+    >>> moved("/data/a/b", "/data/a", "/new"), moved("/data/ab", "/data/a", "/new")
+    ('/new/b', None)
+    """
+    old = old.rstrip("/")
+    if url != old and not url.startswith(old + "/"):
+        return None
+    return new.rstrip("/") + url[len(old) :]
 
 
 def is_trusted(to: str, *, seen_from: str) -> bool:

@@ -1,8 +1,8 @@
 """The page cache: decoded pages of a store, shared by all its views and loaders.
 
-Invariant: the arenas never take more than the cache's bytes; a page that a lease covers is neither evicted nor moved; and
-nobody waits while holding a lease, except for reads that are under way, so leases cannot wait for each other in a circle.
-Whoever waits for leases to end stands in line, and nobody who comes later takes a lease before.
+Invariant: a page that a lease covers is neither evicted nor moved. Nobody waits while holding a lease, except for reads that
+are under way, so leases cannot wait for each other in a circle. Whoever waits for leases to end stands in line, and nobody
+who comes later takes a lease before.
 
 A look-up is one array operation per group of columns, whatever the number of windows. Pages that are missing are read
 together. The least recently used pages go first, by the tick of the lease that used them last.
@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from trajstore.errors import CacheTooSmallError, CorruptionError, StorageTimeoutError, TrajstoreError
+from trajstore.errors import CacheTooSmallError, CorruptionError, SchemaError, StorageTimeoutError, TrajstoreError
 from trajstore.format.manifest import SegmentEntry
 from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup, with_index
-from trajstore.read.division import Claim, divide
+from trajstore.read.arenas import Arenas
 from trajstore.read.extents import extent_rows
 from trajstore.read.fetch import PageFetcher, PageRequest
 from trajstore.read.leases import CacheStats, Claimed, Demand, DoesNotFitError, Lease, Pages, Reservation
@@ -36,7 +36,6 @@ DEFAULT_CACHE_BYTES = 1 << 30
 # Page indexes that are read when a loader is made, to learn how large pages are: those of the longest segments.
 _SEGMENTS_PROBED = 8
 _WAIT_S = 600.0
-_VARIABLE_PART = 8  # of the cache's bytes, one for strings and lists, if they are read
 
 # Raised with the books in order.
 _EXPECTED = (DoesNotFitError, TrajstoreError)
@@ -61,13 +60,12 @@ class PageCache:
         self._readers = readers
         self._lock = threading.RLock()  # entered by itself: Ctrl-C in a condition's own __exit__ would leave it locked
         self._condition = threading.Condition(self._lock)
-        self._groups: dict[str, PageGroup] = {}
-        self._needs: dict[str, Need] = {}
-        self._users: dict[str, int] = {}
-        self._numbers: dict[str, int] = {}  # of segments, by uuid
+        self._arenas = Arenas(nbytes, self.device)
+        self._numbers: dict[tuple[str, ...], int] = {}  # of segments, by key
+        self._variants: dict[str, list[int]] = {}  # numbers of a segment with one set of layers or another, by uuid
         self._entries: list[SegmentEntry] = []
         self._variable: VariablePages | None = None
-        self._schema = Schema()
+        self._schema = Schema()  # every column seen so far: loaders of several versions share the cache
         self._types: dict[str, tuple[Any, ...]] = {}  # of all columns seen, by path
         self._admitted = self._schema
         self._tick = 0
@@ -79,27 +77,23 @@ class PageCache:
     def stats(self) -> CacheStats:
         """The counters as they are now."""
         with self._lock:
-            groups = self._groups.values()
             return replace(
                 self._stats,
-                used_bytes=sum(group.used_bytes for group in groups),
-                capacity_bytes=sum(group.capacity_bytes for group in groups),
+                evictions=self._arenas.evictions,
+                used_bytes=self._arenas.used_bytes,
+                capacity_bytes=self._arenas.capacity_bytes,
             )
 
     def variable_pages(self) -> VariablePages:
         """Pages of strings and lists, which have no arena; the first call sets a part of the cache aside for them."""
         with self._condition:
             if self._variable is None:
-                self._variable = VariablePages(self.nbytes // _VARIABLE_PART, self._fetcher)
+                self._variable = VariablePages(self._arenas.set_aside(), self._fetcher)
             return self._variable
-
-    @property
-    def _arena_bytes(self) -> int:
-        return self.nbytes - (0 if self._variable is None else -(-self.nbytes // _VARIABLE_PART))
 
     def group(self, name: str) -> PageGroup:
         """A group that is reserved."""
-        return self._groups[name]
+        return self._arenas.groups[name]
 
     def admits(self, schema: Schema) -> bool:
         """Whether no column has another type than the one of that name before it, so that they can share arenas."""
@@ -110,18 +104,20 @@ class PageCache:
                     return False
                 self._types.update(types)
                 self._admitted = schema
+                self._schema = _with_columns_of(schema, self._schema)
             return True
 
     def number_segments(self, entries: Sequence[SegmentEntry]) -> Array:
         """The cache's numbers of segments, ``(n,)`` int64; new ones get the next."""
         with self._lock:
             for entry in entries:
-                if entry.uuid not in self._numbers:
-                    self._numbers[entry.uuid] = len(self._entries)
+                if entry.key not in self._numbers:
+                    self._numbers[entry.key] = len(self._entries)
+                    self._variants.setdefault(entry.uuid, []).append(len(self._entries))
                     self._entries.append(entry)
-            for group in self._groups.values():
+            for group in self._arenas.groups.values():
                 group.know_segments(len(self._entries))
-            return np.fromiter((self._numbers[entry.uuid] for entry in entries), np.int64, len(entries))
+            return np.fromiter((self._numbers[entry.key] for entry in entries), np.int64, len(entries))
 
     def reserve(
         self,
@@ -145,13 +141,12 @@ class PageCache:
         probed = sorted(np.unique(segments).tolist(), key=lambda n: -self._entries[n].steps)[:_SEGMENTS_PROBED]
         readers = self._readers.open_many([self._entries[n] for n in probed], schema)
         with self._lock:
-            self._schema = schema
+            self._schema = _with_columns_of(schema, self._schema)
             largest = _largest_extents(needs, readers)
             for name, rows in (page_rows or {}).items():
                 largest[name] = max(largest.get(name, 1), extent_rows(rows))
             self._provide(needs, largest)
-            for name in needs:
-                self._users[name] = self._users.get(name, 0) + 1
+            self._arenas.begin_use(needs)
         reservation = Reservation(self, list(needs))
         try:
             self.open_segments(np.array(probed, np.int64))
@@ -170,11 +165,15 @@ class PageCache:
         wanted = np.unique(numbers).tolist()
         readers = self._readers.open_many([self._entries[n] for n in wanted], self._schema)
         with self._lock:
-            self._provide({}, _largest_extents(self._needs, readers))
+            self._provide({}, _largest_extents(self._arenas.needs, readers))
             for number, reader in zip(wanted, readers, strict=True):
-                for group in self._groups.values():
+                for group in self._arenas.groups.values():
                     if group.base[number] < 0 and group.name in reader.by_group:
-                        group.add_segment(number, _geometry(reader, group.name))
+                        other = self._same_pages(group, number)
+                        if other is None:
+                            group.add_segment(number, _geometry(reader, group.name))
+                        else:
+                            group.share_segment(number, other)
 
     @property
     def pages_read(self) -> int:
@@ -221,9 +220,7 @@ class PageCache:
     def clear(self) -> None:
         """Give all pages and their memory up."""
         with self._lock:
-            self._groups.clear()
-            self._needs.clear()
-            self._users.clear()
+            self._arenas.clear()
 
     def _release(self, tick: int) -> None:
         with self._lock:
@@ -240,9 +237,7 @@ class PageCache:
 
     def _unreserve(self, names: Sequence[str]) -> None:
         with self._lock:
-            for name in names:
-                if name in self._users:
-                    self._users[name] -= 1
+            self._arenas.end_use(names)
 
     def _load(self, claim: Claimed) -> None:
         """Read pages into the extents that were taken for them; publish them, or give the extents back."""
@@ -271,14 +266,24 @@ class PageCache:
 
     def _request(self, group: PageGroup, page: int) -> PageRequest:
         segment = int(group.segment_of_page[page])
-        reader = self._readers.open(self._entries[segment], self._schema)
-        source = reader.by_group[group.name]
+        whole = self._readers.open(self._entries[segment], self._schema)
+        reader, source = whole.holder(group.name), whole.by_group[group.name]
         number = page - int(group.base[segment])
         rows = reader.decoded_rows(source, number)
         slots = group.rows_at(group.loading[page], rows) if self.device.type == "cpu" else group.staging(rows)
         return PageRequest(reader, source, number, slots)
 
     # What follows runs under the condition's lock.
+
+    def _same_pages(self, group: PageGroup, number: int) -> int | None:
+        """Another number of a segment, with other layers, whose pages of a group are known and the same."""
+        entry = self._entries[number]
+        for other in self._variants[entry.uuid]:
+            if group.base[other] < 0 or other in group.pinned:  # what is being written may still move
+                continue
+            if _layer_of(entry, group.name) == _layer_of(self._entries[other], group.name):
+                return other
+        return None
 
     def _wait(self, what: str) -> None:
         if not self._condition.wait(_WAIT_S):
@@ -316,9 +321,9 @@ class PageCache:
             return Claimed(tick, starts, [], [], complete=True, settled=True)
         if alone and not self._leases:
             for group, _ in wanted:
-                collections.deque(self._evicting(group, tick + 1), maxlen=0)
+                collections.deque(self._arenas.evicting(group, tick + 1), maxlen=0)
         mine, theirs = _missing(wanted)
-        if self._make_room(mine, tick):
+        if self._arenas.make_room(mine, floor=min(self._leases, default=tick)):
             self._leases[tick] = threading.get_ident()
             return Claimed(tick, starts, mine, theirs, complete=False, settled=False)
         if self._leases:
@@ -354,110 +359,15 @@ class PageCache:
             largest: Rows of the largest extent that some pages need, by group.
         """
         while True:
-            wanted = {name: need for name, need in self._needs.items() if self._users.get(name)}
-            wanted |= {name: need.joined(wanted.get(name)) for name, need in needs.items()}
-            rows = {n: max(largest.get(n, 1), self._groups[n].largest if n in self._groups else 1) for n in wanted}
-            capacities = self._capacities(wanted, rows)
-            fits = sum(group.capacity_bytes for group in self._groups.values()) <= self._arena_bytes
-            serve = fits and all(self._serves(n, need, rows[n], capacities[n]) for n, need in wanted.items())
-            if serve and not self._broken:
+            division = self._arenas.division(needs, largest)
+            if self._arenas.serve(division) and not self._broken:
                 return
             if not self._leases:
                 self._broken = True  # until it is done
-                self._divide(wanted, rows, capacities)
+                self._arenas.divide(division, segments=len(self._entries))
                 self._broken = False
                 return
             self._wait_for_leases()
-
-    def _serves(self, name: str, need: Need, largest: int, capacity: int) -> bool:
-        """Whether a group's arenas will do: making them anew costs what they hold, so they need not be the best."""
-        group = self._groups.get(name)
-        if group is None or not set(need.columns) <= set(group.columns) or largest > group.largest:
-            return False
-        return group.extents.capacity >= max(need.pages * group.largest, capacity // 2)
-
-    def _capacities(self, needs: Mapping[str, Need], largest: Mapping[str, int]) -> dict[str, int]:
-        """Rows of each group's arenas."""
-        names = list(needs)
-        widths = {n: sum(c.row_bytes for c in needs[n].columns) for n in names}
-        wanted = [Claim(widths[n], needs[n].pages * largest[n], largest[n], needs[n].rows) for n in names]
-        capacities = divide(self._arena_bytes, wanted)
-        if capacities is None:
-            least = sum(claim.row_bytes * claim.least for claim in wanted)
-            if self._variable is not None:
-                least = -(-least * _VARIABLE_PART // (_VARIABLE_PART - 1))
-            widest = max(range(len(names)), key=lambda i: wanted[i].row_bytes * wanted[i].least)
-            raise CacheTooSmallError(
-                f"cache_bytes={self.nbytes} is below what one window needs resident at once ({least} bytes, most of them "
-                f"pages of {needs[names[widest]].columns[0].path!r}); pass cache_bytes >= {least}"
-            )
-        return dict(zip(names, capacities, strict=True))
-
-    def _divide(self, needs: Mapping[str, Need], largest: Mapping[str, int], capacities: Mapping[str, int]) -> None:
-        """Make arenas anew. Nothing stays resident but what must."""
-        kept = {name: _pinned_pages(group) for name, group in self._groups.items()}
-        groups = {}
-        for group in self._groups.values():
-            group.free()  # before more memory is asked for
-        for name, capacity in capacities.items():
-            group = self._groups.get(name) or PageGroup(name, needs[name].columns, self.device)
-            group.columns = needs[name].columns
-            group.largest = largest[name]
-            group.know_segments(len(self._entries))
-            group.allocate(capacity)
-            for page, data in kept.get(name, {}).items():
-                start = group.extents.take(int(group.extent_of_page[page]))
-                if start is None:
-                    raise CacheTooSmallError(
-                        f"cache_bytes={self.nbytes} cannot hold what was appended and is not yet committed beside what one "
-                        "window needs; flush() the store before, or pass more cache_bytes"
-                    )
-                group.row_of_page[page] = start
-                for path, rows_of_page in data.items():
-                    group.arenas[path][start : start + len(rows_of_page)].copy_(rows_of_page)
-            groups[name] = group
-        self._needs, self._groups = dict(needs), groups
-
-    def _make_room(self, missing: Sequence[Pages], tick: int) -> bool:
-        """Take an extent for every page, evicting others; all or none."""
-        floor = min(self._leases, default=tick)
-        taken: list[tuple[PageGroup, int, int]] = []
-        for group, pages in missing:
-            victims = self._evicting(group, floor)
-            sizes = group.extent_of_page[pages]
-            for page in pages[np.argsort(-sizes, kind="stable")].tolist():  # large ones find places first
-                size = int(group.extent_of_page[page])
-                start = group.extents.take(size)
-                while start is None and next(victims, False):
-                    start = group.extents.take(size)
-                if start is None:
-                    for other, number, where in taken:
-                        other.extents.give(where, int(other.extent_of_page[number]))
-                    return False
-                taken.append((group, page, start))
-        for group, page, start in taken:
-            group.begin_load(page, start)
-        return True
-
-    def _evicting(self, group: PageGroup, floor: int) -> Iterator[bool]:
-        """Each step evicts the least recently used page that no lease covers."""
-        for page in group.evictable(floor).tolist():
-            group.evict(page)
-            self._stats.evictions += 1
-            yield True
-
-
-def _pinned_pages(group: PageGroup) -> dict[int, dict[str, torch.Tensor]]:
-    """Copies of the pages that must survive a new division, by page and column."""
-    pages = [
-        page for number in group.pinned for page in group.pages_of(number).tolist() if group.row_of_page[page] >= 0
-    ]
-    found = {}
-    for page in pages:
-        start = int(group.row_of_page[page])
-        stop = start + int(group.extent_of_page[page])
-        found[page] = {path: arena[start:stop].clone() for path, arena in group.arenas.items()}
-    return found
 
 
 def _missing(demands: Sequence[Pages]) -> tuple[list[Pages], list[Pages]]:
@@ -472,6 +382,22 @@ def _missing(demands: Sequence[Pages]) -> tuple[list[Pages], list[Pages]]:
         absent.append((group, pages[state == ABSENT]))
         loading.append((group, pages[state == LOADING]))
     return absent, loading
+
+
+def _with_columns_of(schema: Schema, other: Schema) -> Schema:
+    """A schema, and columns of another one that it lacks."""
+    added = tuple(column for column in other if column.path not in schema)
+    if not added:
+        return schema
+    try:
+        return Schema((*schema.columns, *added), schema.metadata)
+    except SchemaError:  # the store was cleared, and what were columns then are parents of some now
+        return schema
+
+
+def _layer_of(entry: SegmentEntry, name: str) -> str | None:
+    """The layer that has a group of columns; None if the segment itself has it."""
+    return next((layer.uuid for layer in entry.layers if name in layer.columns), None)
 
 
 def _largest_extents(needs: Mapping[str, Need], readers: Sequence[SegmentReader]) -> dict[str, int]:

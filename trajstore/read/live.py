@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -244,6 +245,7 @@ class LiveTrajectories:
                     self._schema = committed
 
     def _settle(self, entry: SegmentEntry) -> None:
+        entry = replace(entry, layers=()) if entry.layers else entry  # which have come since, and are read beside it
         segment = self._segments.pop(entry.uuid, None)
         if segment is not None:
             self._growth.know_segment(entry)

@@ -44,7 +44,7 @@ class PinnedRows:
         cache = self._cache
         count = len(next(iter(rows.values())))
         with cache._lock:
-            group = cache._groups[name]
+            group = cache._arenas.groups[name]
             group.know_segments(len(cache._entries))
             last = (first + count - 1) // page_rows
             if group.base[number] < 0:
@@ -53,12 +53,12 @@ class PinnedRows:
             elif last >= len(group.pages_of(number)):
                 group.move_segment(number, 2 * (last + 1))
             base = int(group.base[number])
-            window = cache._needs[name].pages * group.largest
+            window = cache._arenas.needs[name].pages * group.largest
             if group.pinned_rows() + (2 + count // page_rows) * page_rows > group.extents.capacity - max(
                 window, group.extents.capacity // 2
             ):
                 return False
-            evicting = cache._evicting(group, min(cache._leases, default=cache._tick + 1))
+            evicting = cache._arenas.evicting(group, min(cache._leases, default=cache._tick + 1))
             for page in range(base + first // page_rows, base + last + 1):
                 if group.row_of_page[page] < 0:
                     start = group.extents.take(page_rows)
@@ -92,7 +92,7 @@ class PinnedRows:
             cache._entries[number] = entry
             if rows is None:
                 cache._wait_for_leases()
-            for name, group in cache._groups.items():
+            for name, group in cache._arenas.groups.items():
                 if number not in group.pinned:
                     continue
                 group.pinned.discard(number)
@@ -123,7 +123,7 @@ class PinnedRows:
         """
         cache = self._cache
         with cache._lock:
-            group = cache._groups.get(name)
+            group = cache._arenas.groups.get(name)
             if group is None or group.base[number] < 0:
                 return False
             wanted = np.arange(first, first + len(out))

@@ -6,12 +6,13 @@ checksum in the page index, and every error names the segment, the object and th
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ from trajstore.storage.filesystem import Buffer, ByteRange, Filesystem
 from trajstore.storage.workers import Workers
 from trajstore.stored import Array, Stored
 
+Key = TypeVar("Key")
 _READ_AHEAD_BYTES = 32 * 1024 * 1024
 # Decoding fewer bytes than this is not worth handing to another thread.
 _PARALLEL_BYTES = 1 << 20
@@ -80,6 +82,26 @@ class SegmentReader:
                 self.sources[path] = source
         # Columns of an Arrow file share their pages; a tensor column has its own.
         self.by_group = {s.object if s.object.endswith(".arrow") else s.columns[0]: s for s in sources}
+        self._layers: Mapping[str, SegmentReader] = {}  # by column
+
+    def with_layers(self, entry: SegmentEntry, layers: Sequence[SegmentReader]) -> SegmentReader:
+        """A reader of the same segment that also has the columns of its layers.
+
+        Args:
+            entry: The segment with these layers.
+            layers: Readers of them.
+        """
+        whole = copy.copy(self)
+        whole.entry = entry
+        whole._layers = {path: layer for layer in layers for path in layer.sources}
+        derived = {path: layer.sources[path] for path, layer in whole._layers.items()}
+        whole.sources = {**self.sources, **derived}
+        whole.by_group = {**self.by_group, **derived}
+        return whole
+
+    def holder(self, name: str) -> SegmentReader:
+        """Who reads the pages of a column or group: the layer that has it, else this."""
+        return self._layers.get(name, self)
 
     def read(self, path: str, rows: RowRange, out: Array | None = None) -> Stored:
         """Rows of one column.
@@ -93,6 +115,8 @@ class SegmentReader:
             UnknownColumnError: The segment lacks the column.
             CorruptionError: A page is not what was written.
         """
+        if path in self._layers:
+            return self._layers[path].read(path, rows, out)
         source = self._source(path)
         if rows.start < 0 or rows.stop > source.rows:
             raise CorruptionError(f"{self._where(source)} has {source.rows} rows, its manifest says {rows.stop}")
@@ -301,7 +325,9 @@ def _batches(source: PageSource, pages: range) -> list[range]:
 
 
 class SegmentReaders:
-    """The segments that a handle has opened. Used by several threads.
+    """The segments that a handle has opened, each part of one once, whatever layers it has in which version.
+
+    Used by several threads.
 
     Args:
         filesystem: Where the store is.
@@ -314,7 +340,8 @@ class SegmentReaders:
         self._workers = workers
         self._keep = keep
         self._lock = threading.Lock()
-        self._readers: dict[str, SegmentReader] = {}
+        self._readers: dict[str, SegmentReader] = {}  # of segments and of layers, alone
+        self._layered: dict[tuple[str, ...], SegmentReader] = {}  # of segments with layers, by key
         self._live: dict[str, Any] = {}
         self._elsewhere: dict[str, Filesystem] = {}  # of segments that lie in other stores
 
@@ -324,17 +351,20 @@ class SegmentReaders:
         return bool(self._elsewhere)
 
     def place(self, entry: SegmentEntry, filesystem: Filesystem | None) -> None:
-        """Say in which other store a segment lies; None for this one."""
+        """Say in which other store a segment or layer lies, without regard to its layers; None for this one."""
         with self._lock:
             if self._elsewhere.get(entry.uuid) is filesystem:
                 return
             self._readers.pop(entry.uuid, None)
+            self._layered.clear()
             self._elsewhere.pop(entry.uuid, None)
             if filesystem is not None:
                 self._elsewhere[entry.uuid] = filesystem
 
     def open(self, entry: SegmentEntry, schema: Schema) -> SegmentReader:
-        """The reader of a segment; its page index is read once."""
+        """The reader of a segment and its layers; their page indexes are read once."""
+        if entry.layers:
+            return self._layered.get(entry.key) or self.open_many([entry], schema)[0]
         live = self._live.get(entry.uuid)
         return live or self._readers.get(entry.uuid) or self.open_many([entry], schema)[0]
 
@@ -348,15 +378,33 @@ class SegmentReaders:
 
     def open_many(self, entries: Sequence[SegmentEntry], schema: Schema) -> list[SegmentReader]:
         """The readers of several segments; page indexes not yet known are read concurrently."""
-        found = {e.uuid: self._live.get(e.uuid) or self._readers.get(e.uuid) for e in entries}
-        unknown = [entry for entry in entries if found[entry.uuid] is None]
+        known = [self._layered.get(entry.key) if entry.layers else self._live.get(entry.uuid) for entry in entries]
+        absent = [number for number, reader in enumerate(known) if reader is None]
+        found = self._open_parts([part for number in absent for part in entries[number].parts], schema)
+        layered = {}
+        for number in absent:
+            entry = entries[number]
+            reader = found[entry.uuid]
+            if entry.layers:
+                reader = reader.with_layers(entry, [found[layer.uuid] for layer in entry.layers])
+                layered[entry.key] = reader
+            known[number] = reader
+        self._remember(self._layered, layered)
+        return [reader for reader in known if reader is not None]
+
+    def _open_parts(self, entries: Sequence[SegmentEntry], schema: Schema) -> dict[str, SegmentReader]:
+        """Readers of segments and of layers, without regard to the layers of the former, by uuid."""
+        found = {entry.uuid: reader for entry in entries if (reader := self._readers.get(entry.uuid)) is not None}
+        unknown = list({entry.uuid: entry for entry in entries if entry.uuid not in found}.values())
+        fresh = {}
         for lot in (unknown[i : i + _OPENED_TOGETHER] for i in range(0, len(unknown), _OPENED_TOGETHER)):
             for filesystem, here in self._by_place(lot):
                 indexes = filesystem.read_many([layout.segment_key(e.uuid, layout.PAGES_FILE) for e in here])
                 for entry, data in zip(here, indexes, strict=True):
-                    found[entry.uuid] = SegmentReader(entry, schema, filesystem, self._workers, data)
-        self._remember(reader for entry in unknown if (reader := found[entry.uuid]) is not None)
-        return [reader for entry in entries if (reader := found[entry.uuid]) is not None]
+                    plain = replace(entry, layers=()) if entry.layers else entry
+                    fresh[entry.uuid] = SegmentReader(plain, schema, filesystem, self._workers, data)
+        self._remember(self._readers, fresh)
+        return {**found, **fresh}
 
     def _by_place(self, entries: Sequence[SegmentEntry]) -> list[tuple[Filesystem, list[SegmentEntry]]]:
         if not self._elsewhere:
@@ -367,9 +415,10 @@ class SegmentReaders:
             places.setdefault(id(filesystem), (filesystem, []))[1].append(entry)
         return list(places.values())
 
-    def _remember(self, readers: Iterable[SegmentReader]) -> None:
+    def _remember(self, known: dict[Key, SegmentReader], fresh: Mapping[Key, SegmentReader]) -> None:
+        if not fresh:
+            return
         with self._lock:
-            for reader in readers:
-                self._readers[reader.entry.uuid] = reader
-            while len(self._readers) > self._keep:
-                self._readers.pop(next(iter(self._readers)))
+            known.update(fresh)
+            while len(known) > self._keep:
+                known.pop(next(iter(known)))

@@ -7,14 +7,22 @@ the manifests when somebody asks, so opening a million trajectories costs little
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
-from trajstore.format.manifest import INDEX_FIELDS, SegmentEntry, TrajectoryRow, build_table, live_rows, table_schema
+from trajstore.format.manifest import (
+    INDEX_FIELDS,
+    Manifest,
+    SegmentEntry,
+    TrajectoryRow,
+    build_table,
+    live_rows,
+    table_schema,
+)
 from trajstore.schema import Schema
 from trajstore.storage.commit import History, Version
 from trajstore.stored import Array
@@ -26,9 +34,10 @@ class TrajectoryTable:
     Args:
         history: The store's versions.
         version: The version.
+        whole: Hold every column from the beginning, for edits that copy rows: each manifest is read once.
     """
 
-    def __init__(self, history: History, version: Version) -> None:
+    def __init__(self, history: History, version: Version, *, whole: bool = False) -> None:
         self._history = history
         self.version = version
         self.schema = version.snapshot.schema
@@ -36,7 +45,10 @@ class TrajectoryTable:
         parts = []
         self.segments: list[SegmentEntry] = []
         entries = version.snapshot.manifests
-        for entry, manifest in zip(entries, history.read_manifests(entries, INDEX_FIELDS), strict=True):
+        manifests = history.read_manifests(entries, None if whole else INDEX_FIELDS)
+        if whole:
+            self.full = self._full_of(manifests)
+        for entry, manifest in zip(entries, manifests, strict=True):
             table = live_rows(entry, manifest.table.select(INDEX_FIELDS))
             arrays = {name: table[name].to_numpy() for name in INDEX_FIELDS}
             if entry.deleted:  # of some segments, nothing may be left
@@ -57,10 +69,12 @@ class TrajectoryTable:
     @cached_property
     def full(self) -> pa.Table:
         """Every column of the table, metadata fields included; read on first use."""
-        snapshot = self.version.snapshot
+        return self._full_of(self._history.read_manifests(self.version.snapshot.manifests))
+
+    def _full_of(self, manifests: Sequence[Manifest]) -> pa.Table:
         schema = table_schema(self.schema.metadata)
-        manifests = self._history.read_manifests(snapshot.manifests)
-        tables = [live_rows(e, m.table, schema) for e, m in zip(snapshot.manifests, manifests, strict=True)]
+        entries = self.version.snapshot.manifests
+        tables = [live_rows(e, m.table, schema) for e, m in zip(entries, manifests, strict=True)]
         waiting = self._waiting()
         if waiting:
             fresh = build_table(waiting, self.segments, self.schema.metadata).table
@@ -100,8 +114,9 @@ class TrajectoryTable:
     def column_presence(self) -> dict[str, Array]:
         """For each column that some segment lacks, which segments have it: ``(segments,)`` bool."""
         presence: dict[str, Array] = {}
+        present = [segment.all_columns for segment in self.segments]
         for column in self.schema:
-            have = np.fromiter((column.path in s.columns for s in self.segments), bool, len(self.segments))
+            have = np.fromiter((column.path in paths for paths in present), bool, len(present))
             if not have.all():
                 presence[column.path] = have
         return presence

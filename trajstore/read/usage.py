@@ -1,16 +1,20 @@
-"""Where the bytes of a store are."""
+"""Where the bytes of a store are.
+
+Invariant: an object counts once, however many manifests name it, and with whatever layers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trajstore.read.arena import group_name
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.table import TrajectoryTable
 
 
 @dataclass
 class ObjectUsage:
-    """One tensor column, or all columns of an Arrow file, over all segments."""
+    """One tensor or derived column, or all columns of an Arrow file, over all segments."""
 
     columns: tuple[str, ...]
     description: str  # dtype and shape of the first column, or how many columns
@@ -38,21 +42,28 @@ class StoreUsage:
 def measure_usage(table: TrajectoryTable, readers: SegmentReaders) -> StoreUsage:
     """Add up the page indexes of all segments: one small read per segment."""
     snapshot = table.version.snapshot
+    nbytes = {part.uuid: part.nbytes for segment in table.segments for part in segment.parts}
+    segments = {segment.key: segment for segment in table.segments}
     usage = StoreUsage(
         version=table.version.number,
         trajectories=len(table),
         steps=int(table.length.sum()),
-        segments=len(table.segments),
+        segments=len({segment.uuid for segment in table.segments}),
         manifests=len(snapshot.manifests),
         manifest_bytes=sum(entry.nbytes for entry in snapshot.manifests),
-        segment_bytes=sum(segment.nbytes for segment in table.segments),
+        segment_bytes=sum(nbytes.values()),
     )
-    for segment in table.segments:
+    counted: set[tuple[str, str]] = set()  # uuid of a segment or layer, group of columns
+    for segment in segments.values():
         reader = readers.open(segment, snapshot.schema)
         for source in {id(s): s for s in reader.sources.values()}.values():
+            name = group_name(snapshot.schema[source.columns[0]])
+            place = (reader.holder(name).entry.uuid, name)
+            if place in counted:
+                continue
+            counted.add(place)
             columns = [snapshot.schema[path] for path in source.columns]
-            name = source.columns[0] if columns[0].stored_in == "zarr" else source.object
-            described = columns[0].describe() if columns[0].stored_in == "zarr" else ", ".join(c.path for c in columns)
+            described = columns[0].describe() if name == columns[0].path else ", ".join(c.path for c in columns)
             entry = usage.objects.setdefault(name, ObjectUsage(source.columns, described, source.codec))
             entry.rows += source.rows
             entry.pages += len(source.offsets)

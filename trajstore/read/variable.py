@@ -55,6 +55,7 @@ class VariablePages:
                 positions.append(wanted + before)
                 before += len(whole)
                 continue
+            segment = segment.holder(column.path)
             source = segment.sources[column.path]
             numbers = sorted(set((wanted // source.page_rows).tolist()))
             found = self._pages_of(segment, column, numbers)

@@ -142,8 +142,14 @@ def _check_present(selection: Selection, column: Column) -> None:
     if lacking:
         raise SelectionError(
             f"column {column.path!r} is lacking from {lacking} of {len(selection)} trajectories; select those that have it, "
-            "or leave it out"
+            f"view.having({column.path!r}){_or_compute(column)}, or leave it out"
         )
+
+
+def _or_compute(column: Column) -> str:
+    return (
+        f", compute it for the others, store.add_column({column.path!r}, ...)" if column.presence == "derived" else ""
+    )
 
 
 def _with_returns(selection: Selection, outputs: list[Output], returns: NStep) -> list[Output]:

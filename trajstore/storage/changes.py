@@ -6,13 +6,13 @@ change that no longer makes sense there raises; nothing is stored again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from trajstore.errors import CommitError, IndexRangeError, StoreExistsError
+from trajstore.errors import CommitError, IndexRangeError, ManifestsChangedError, StoreExistsError
 from trajstore.format.manifest import Manifest, live_mask, live_rows
 from trajstore.format.snapshot import Base, ManifestEntry, Snapshot, Totals
 from trajstore.schema import Schema
@@ -121,10 +121,11 @@ class Delete:
 
     Attributes:
         ids: ``(n,)`` int64, ascending, each once.
+        operation: What ``versions`` calls it.
     """
 
     ids: Array
-    operation: str = field(default="delete", init=False)
+    operation: str = "delete"
     merges: bool = field(default=False, init=False)
 
     def apply(self, parent: Snapshot, merged: MergedManifests | None, read: ReadManifests) -> Snapshot:  # noqa: ARG002
@@ -156,6 +157,82 @@ class Delete:
             )
         totals = Totals(sum(e.trajectories for e in entries), sum(e.steps for e in entries), parent.totals.nbytes)
         return replace(parent, operation=self.operation, totals=totals, manifests=tuple(entries))
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A manifest, already stored, that says otherwise where the trajectories of another one are.
+
+    Attributes:
+        old: The other one, as the new one was made from it.
+        new: Has the rows of ``old`` that were not deleted then, in the same order, with ids of their own.
+    """
+
+    old: ManifestEntry
+    new: ManifestEntry
+
+    def carried_over(self, now: ManifestEntry) -> ManifestEntry | None:
+        """The new entry without what was deleted since; None if nothing is left.
+
+        Args:
+            now: The old entry as it is in the latest version.
+
+        Raises:
+            ManifestsChangedError: Some rows are there again.
+        """
+        before, after = live_mask(self.old), live_mask(now)
+        if (after & ~before).any():
+            raise ManifestsChangedError(f"{now.path} has rows again that were deleted before")
+        gone = ~after[before]
+        if not gone.any():
+            return self.new
+        return (
+            None
+            if gone.all()
+            else replace(self.new, trajectories=now.trajectories, steps=now.steps, deleted=spans(gone))
+        )
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Puts manifests in the place of others that hold the same trajectories; what is deleted meanwhile stays deleted.
+
+    Attributes:
+        replacements: By path of the old manifest.
+        operation: What ``versions`` calls it.
+        nbytes: Stored bytes of segments that are new.
+        columns: Schema with columns that are new.
+    """
+
+    replacements: Mapping[str, Replacement]
+    operation: str
+    nbytes: int
+    columns: Schema = field(default_factory=Schema)
+    merges: bool = field(default=False, init=False)
+
+    def apply(self, parent: Snapshot, merged: MergedManifests | None, read: ReadManifests) -> Snapshot:  # noqa: ARG002
+        """The next snapshot.
+
+        Raises:
+            ManifestsChangedError: A manifest that was replaced is no longer there.
+            SchemaConflictError: Another writer added other columns of these names.
+        """
+        missing = self.replacements.keys() - {entry.path for entry in parent.manifests}
+        if missing:
+            raise ManifestsChangedError(f"{len(missing)} manifests are not in version {parent.version} any more")
+        entries = []
+        for entry in parent.manifests:
+            replacement = self.replacements.get(entry.path)
+            kept = entry if replacement is None else replacement.carried_over(entry)
+            if kept is not None:
+                entries.append(kept)
+        return replace(
+            parent,
+            operation=self.operation,
+            schema=parent.schema.extended_by(self.columns),
+            totals=replace(parent.totals, nbytes=parent.totals.nbytes + self.nbytes),
+            manifests=tuple(entries),
+        )
 
 
 def spans(mask: Array) -> tuple[tuple[int, int], ...]:

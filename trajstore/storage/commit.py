@@ -1,7 +1,9 @@
 """The history of a store: find the latest version, read one, add one.
 
 Invariant: creating ``snapshots/<v+1>.json`` is the commit, and nothing else makes data visible. Who loses the race for a
-version reads the winner, rebases its change onto it and tries the next one; segments and manifests are reused.
+version reads the winner, rebases its change onto it and tries the next one; segments and manifests are reused. Before each
+try, and after the version that it builds on was read, it is checked that nothing new which it names is older than half the
+grace of vacuum. A vacuum that removes anything commits a version first: whoever was slower loses the race and is checked.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from trajstore.errors import (
@@ -40,6 +42,7 @@ from trajstore.format.snapshot import (
     digest,
     next_timestamp,
 )
+from trajstore.storage.age import Moment, check_age, since_boot_s
 from trajstore.storage.changes import Change, MergedManifests
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.retry import race_pause_s
@@ -49,6 +52,7 @@ _log = logging.getLogger(__name__)
 
 _HINT_INTERVAL_S = 1.0
 _CACHED_MANIFESTS = 64
+_READ_TOGETHER = 64  # snapshots
 _CACHED_MANIFEST_ROWS = 4096
 
 
@@ -74,6 +78,7 @@ class History:
     Args:
         filesystem: Where the store is.
         now: The clock, UTC.
+        since_boot_s: A clock that nobody sets, seconds.
         rng: Randomness for pauses after lost races.
         commit_timeout_s: How long a commit may lose races before it gives up.
         race_pause_base_s: First pause after a lost race, at most.
@@ -84,12 +89,14 @@ class History:
         filesystem: Filesystem,
         *,
         now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC),
+        since_boot_s: Callable[[], float] = since_boot_s,
         rng: random.Random | None = None,
         commit_timeout_s: float = 300.0,
         race_pause_base_s: float = 0.002,
     ) -> None:
         self._filesystem = filesystem
         self._now = now
+        self._since_boot_s = since_boot_s
         self._rng = rng or random.Random()  # noqa: S311 - spreads writers in time, keeps no secret
         self._commit_timeout_s = commit_timeout_s
         self._race_pause_base_s = race_pause_base_s
@@ -98,6 +105,10 @@ class History:
         self._hinted_at = float("-inf")
         self._hinted = 0  # the last version written to the hint
         self.races_lost = 0
+
+    def moment(self) -> Moment:
+        """Now: what ``commit`` wants to know from whoever is about to store objects."""
+        return Moment(self._now(), self._since_boot_s())
 
     def parse_hint(self, data: bytes | None) -> int:
         """The version that ``LATEST`` names, or 0: the hint is never trusted."""
@@ -141,22 +152,64 @@ class History:
             )
         return self._parse(version, data)
 
-    def commit(self, change: Change, head: Version) -> Version:
+    def holds(self, version: Version) -> bool:
+        """Whether a version is there as it was read before; otherwise another one has its number.
+
+        Raises:
+            VersionNotFoundError: None has its number.
+            VersionExpiredError: Vacuum emptied it.
+        """
+        data = self._filesystem.read(layout.snapshot_key(version.number))
+        if data and digest(data) == version.sha256:
+            return True  # the same bytes: no need to parse them again
+        return self.load(version.number).sha256 == version.sha256
+
+    def load_standing(self, versions: Sequence[int]) -> list[Version]:
+        """Those of some versions that vacuum has not emptied, read concurrently.
+
+        Raises:
+            VersionNotFoundError: There is none of some number.
+        """
+        found = self._read_versions(versions)
+        missing = [version for version in versions if version not in found]
+        if missing:
+            raise VersionNotFoundError(
+                f"{self._filesystem.description} has no version {missing[0]}, and has later ones; restore it from a copy"
+            )
+        return [self._parse(version, found[version]) for version in versions if found[version]]
+
+    def standing(self, latest: Version) -> Iterator[Version]:
+        """Every version that can be opened, the latest first; those that vacuum emptied are passed over."""
+        if latest.number:
+            yield latest
+        last = latest.number - 1
+        while last > 0:
+            numbers = range(last, max(last - _READ_TOGETHER, 0), -1)
+            data = self._filesystem.read_many([layout.snapshot_key(number) for number in numbers])
+            for number, found in zip(numbers, data, strict=True):
+                if found:
+                    yield self._parse(number, found)
+            last = numbers[-1] - 1
+
+    def commit(self, change: Change, head: Version, *, since: Moment | None = None) -> Version:
         """Make a change visible on top of the latest version.
 
         Args:
             change: Its objects are durable.
             head: The latest version known; a newer one is found if need be.
+            since: When the first of its objects began to be stored; None for a change that stores none.
 
         Raises:
             SchemaConflictError: The change no longer fits.
             IndexRangeError: What it deletes is no longer there.
+            CommitTooOldError: Its objects are so old that a vacuum may have removed them.
             CommitError: No try won within the time allowed.
             CommitOutcomeUnknownError: The storage never said whether it landed.
         """
         commit_id = uuid.uuid4().hex
         merged = None
         if change.merges:
+            since = since or self.moment()  # a manifest that is merged here is stored as well
             try:
                 merged = self._merge_manifests(head.snapshot)
             except MissingObjectError as error:
@@ -169,14 +222,17 @@ class History:
             except (IndexRangeError, MissingObjectError) as error:
                 head = self._after(head, error)
                 continue
+            now = self.moment()
             snapshot = replace(
                 changed,
                 version=head.number + 1,
                 commit_id=commit_id,
                 parent_sha256=head.sha256,
-                created_at=next_timestamp(self._now(), head.snapshot.created_at),
+                created_at=next_timestamp(now.wall, head.snapshot.created_at),
             )
             data = snapshot.to_bytes()
+            if since is not None:
+                check_age(now - since, where=self._filesystem.description)
             if self._filesystem.create(layout.snapshot_key(snapshot.version), data):
                 if merged is None:  # the hint may lag: a merging commit has written enough
                     self._hint(snapshot.version)

@@ -6,10 +6,11 @@ in the world gets True for a key. Every implementation inherits the same conform
 
 from __future__ import annotations
 
+import datetime as dt
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Buffer = bytes | bytearray | memoryview
@@ -36,10 +37,18 @@ class ReadRun:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """An object as a listing shows it."""
+    """An object as a listing shows it.
+
+    Attributes:
+        key: Its name.
+        nbytes: Its size.
+        modified: When it was written or got its name, UTC, by the storage's clock; None where the storage does not say. Of
+            an upload in parts, some storages say when it was begun.
+    """
 
     key: str
     nbytes: int
+    modified: dt.datetime | None = field(default=None, compare=False)
 
 
 class ObjectStream(ABC):

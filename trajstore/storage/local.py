@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime as dt
 import errno
 import os
 import uuid
@@ -28,6 +29,8 @@ from trajstore.storage.filesystem import Buffer, Filesystem, ObjectInfo, ObjectS
 from trajstore.storage.workers import Workers
 
 _IOV_MAX = 1024
+_SYNCED_IN_TURN = 2  # folders: to start threads takes longer
+_OPEN_TOGETHER = 256  # files that are written before they are synced; a process may often have 1024 open
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
@@ -100,7 +103,9 @@ class LocalFilesystem(Filesystem):
                     self._ensure_directory(os.path.dirname(key))
                     opened.append((self._create_file(self._path(key)), key))
                     self._write(opened[-1][0], buffers, key)
-            self._workers.map(self._fsync_one, opened)
+                if len(opened) >= _OPEN_TOGETHER:
+                    self._sync_and_close(opened)
+            self._sync_and_close(opened)
         finally:
             for descriptor, _ in opened:
                 os.close(descriptor)
@@ -161,10 +166,13 @@ class LocalFilesystem(Filesystem):
         """All objects under a prefix."""
         top = self._path(prefix) if prefix else self.root
         for folder, _, names in os.walk(top):
+            above = folder[len(self.root) :].lstrip(os.sep)
             for name in sorted(names):
-                path = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # a temporary file of a commit in progress
-                    yield ObjectInfo(os.path.relpath(path, self.root).replace(os.sep, "/"), os.stat(path).st_size)
+                    found = os.stat(os.path.join(folder, name))
+                    # A hard link has the time of the original's bytes; its inode changed when it was made.
+                    changed = dt.datetime.fromtimestamp(found.st_ctime, dt.UTC)
+                    yield ObjectInfo(f"{above}/{name}" if above else name, found.st_size, changed)
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove files, and folders that they leave empty."""
@@ -317,9 +325,14 @@ class LocalFilesystem(Filesystem):
             if not parts or parts[0] not in self._synced_in_root:
                 wanted.add("")
         if "" in wanted and not self._ancestors_synced:
-            self._workers.map(self._sync_ancestor, _ancestors(self.root))
+            for path in _ancestors(self.root):  # hardly ever is one waiting to be written: no work for threads
+                self._sync_ancestor(path)
             self._ancestors_synced = True
-        self._workers.map(self._sync_directory, sorted(wanted))
+        if len(wanted) <= _SYNCED_IN_TURN:
+            for folder in sorted(wanted):
+                self._sync_directory(folder)
+        else:
+            self._workers.map(self._sync_directory, sorted(wanted))
         self._synced_in_root.update(folder.split("/")[0] for folder in folders)
 
     def _remove_temporary(self, path: str) -> None:
@@ -355,6 +368,12 @@ class LocalFilesystem(Filesystem):
             return False
         self._rename(temporary, target)
         return True
+
+    def _sync_and_close(self, opened: list[tuple[int, str]]) -> None:
+        """Make files durable; leaves the list empty, or as it was if one could not be synced."""
+        self._workers.map(self._fsync_one, opened)
+        while opened:
+            os.close(opened.pop()[0])
 
     def _fsync_one(self, opened: tuple[int, str]) -> None:
         with self.errors(opened[1]):
@@ -422,9 +441,10 @@ class LocalFilesystem(Filesystem):
 def _ancestors(path: str) -> list[str]:
     """The folders above a path, up to where its disk is mounted."""
     found = []
-    while not os.path.ismount(path):
-        path = os.path.dirname(path)
-        found.append(path)
+    device = os.stat(path).st_dev
+    while (parent := os.path.dirname(path)) != path and os.stat(parent).st_dev == device:
+        found.append(parent)
+        path = parent
     return found
 
 

@@ -7,6 +7,7 @@ transient failure is retried; versions go through ``publish.create``.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import errno
 import inspect
 import logging
@@ -36,6 +37,8 @@ _log = logging.getLogger(__name__)
 _COPIED_TOGETHER = 64
 _REMOVED_TOGETHER = 1000
 _PART_BYTES = 16 * 1024 * 1024
+# How S3, Google, Azure, file servers and fsspec's memory call the time of writing.
+_MODIFIED = ("LastModified", "updated", "last_modified", "mtime", "modified", "created")
 
 
 class RemoteFilesystem(Filesystem):
@@ -132,7 +135,7 @@ class RemoteFilesystem(Filesystem):
         with self.errors(prefix):
             found = self.fs.find(top, detail=True)
         for path, info in sorted(found.items()):
-            yield ObjectInfo(path[len(self.root) + 1 :], int(info["size"]))
+            yield ObjectInfo(path[len(self.root) + 1 :], int(info["size"]), _modified(info))
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove objects, many with one request where the storage can."""
@@ -256,6 +259,21 @@ class RemoteFilesystem(Filesystem):
             for i in pending:
                 results[i] = results[i] if isinstance(results[i], BaseException) else error
         return results
+
+
+def _modified(info: Mapping[str, Any]) -> dt.datetime | None:
+    """When an object was written, of what a listing says about it; UTC."""
+    found = next((info[name] for name in _MODIFIED if info.get(name) is not None), None)
+    if isinstance(found, str):
+        try:
+            found = dt.datetime.fromisoformat(found)
+        except ValueError:
+            return None
+    if isinstance(found, int | float):
+        return dt.datetime.fromtimestamp(found, dt.UTC)
+    if not isinstance(found, dt.datetime):
+        return None
+    return found.astimezone(dt.UTC) if found.tzinfo else found.replace(tzinfo=dt.UTC)
 
 
 class _RemoteStream(ObjectStream):

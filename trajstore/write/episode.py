@@ -22,7 +22,8 @@ from trajstore.errors import (
     UnknownColumnError,
 )
 from trajstore.format.manifest import check_metadata
-from trajstore.schema import Column, Schema, flatten
+from trajstore.names import flatten
+from trajstore.schema import Column, Schema
 from trajstore.stored import Array, Stored
 from trajstore.values import Rows, check_rows, rows_of
 from trajstore.write.batch import TrajectoryRef, total_reward
@@ -168,6 +169,7 @@ class Episode:
             raise ClosedError(f"this episode is {self._state}; begin another one with store.begin()")
 
     def _check_names(self, flat: Mapping[str, Any], schema: Schema) -> None:
+        schema.check_appended(flat)
         known = frozenset(self._buffers) or frozenset(column.path for column in schema)
         required = frozenset(self._buffers) or schema.required
         if not flat:

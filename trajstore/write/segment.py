@@ -20,7 +20,7 @@ from trajstore.format.zarr_metadata import group_documents
 from trajstore.schema import Column
 from trajstore.storage.filesystem import Buffer, Filesystem, ObjectStream
 from trajstore.storage.workers import Workers
-from trajstore.stored import Stored
+from trajstore.stored import Stored, empty_rows
 from trajstore.write.blocks import BlockPool
 from trajstore.write.shard import ArrowFileBuilder, ObjectBuilder, ShardBuilder
 
@@ -59,6 +59,7 @@ class SegmentBuilder:
         self.steps = 0
         self.trajectories = 0
         self.raw_bytes = 0
+        self._gap_steps = self._gap_trajectories = 0  # skipped, and not yet filled
         self._preset = preset
         self._filesystem = filesystem
         self._shards = {
@@ -74,6 +75,11 @@ class SegmentBuilder:
         self._streams: dict[str, ObjectStream] = {}
         self._draining = threading.Lock()
         self._broken: Exception | None = None
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether a part of it is on its way to the storage."""
+        return bool(self._streams)
 
     @property
     def full_bytes(self) -> int:
@@ -93,12 +99,34 @@ class SegmentBuilder:
 
     def append_rows(self, columns: Mapping[str, Stored]) -> None:
         """Copy rows of the trajectory that is being appended; columns may be at different steps."""
+        if self._gap_trajectories:
+            self._fill_gap(columns)
+        self._append(columns, columns)
+
+    def skip(self, steps: int, trajectories: int) -> None:
+        """Rows that nobody will read, all zero or empty, so that what follows lies where it does in another segment.
+
+        Args:
+            steps: Of all these trajectories.
+            trajectories: How many.
+        """
+        self._gap_steps += steps
+        self._gap_trajectories += trajectories
+        self.steps += steps
+        self.trajectories += trajectories
+
+    def _fill_gap(self, sample: Mapping[str, Stored]) -> None:
+        steps, states = self._gap_steps, self._gap_steps + self._gap_trajectories
+        self._gap_steps = self._gap_trajectories = 0
+        self._append({c.path: empty_rows(c, states if c.extra else steps) for c in self.columns}, sample)
+
+    def _append(self, columns: Mapping[str, Stored], sample: Mapping[str, Stored]) -> None:
         for name, group in self._arrow_columns.items():
             present = [c for c in group if c.path in columns]
             if not present:
                 continue
             if name not in self._arrow_files:
-                self._arrow_files[name] = ArrowFileBuilder(name, group, arrow_codec(self._preset), columns)
+                self._arrow_files[name] = ArrowFileBuilder(name, group, arrow_codec(self._preset), sample)
             self._arrow_files[name].append(columns, len(columns[present[0].path]))
             self.raw_bytes += sum(columns[c.path].nbytes for c in present)
         for path, shard in self._shards.items():
@@ -120,6 +148,8 @@ class SegmentBuilder:
 
     def close_pages(self) -> None:
         """No more rows will come."""
+        if self._gap_trajectories:
+            self._fill_gap({c.path: empty_rows(c, 1) for c in self.columns})
         for shard in self._shards.values():
             shard.close_pages()
 

@@ -9,32 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import itertools
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trajstore.errors import (
-    ClosedError,
-    ForkedError,
-    SchemaConflictError,
-    StorageError,
-    StorageTimeoutError,
-)
-from trajstore.format.manifest import (
-    SegmentEntry,
-    TrajectoryRow,
-)
+from trajstore.errors import ClosedError, ForkedError, SchemaConflictError, StorageError, StorageTimeoutError
+from trajstore.format.manifest import SegmentEntry, TrajectoryRow
 from trajstore.schema import Column, Schema
+from trajstore.storage.age import Moment
 from trajstore.storage.changes import Append, Change
 from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Stored
 from trajstore.values import check_trajectories, check_trajectory
+from trajstore.write.backlog import Backlog
 from trajstore.write.batch import (
     Batch,
     Ending,
@@ -50,7 +41,6 @@ from trajstore.write.batch import (
 from trajstore.write.blocks import BlockPool
 from trajstore.write.segment import SegmentBuilder
 
-_MAX_QUEUED_BATCHES = 4
 _PUMP_INTERVAL_S = 0.01
 # Full blocks are handed to the workers in lots of this many bytes: waking threads for each would slow ``append`` down.
 _SUBMIT_BYTES = 4 * 1024 * 1024
@@ -93,11 +83,8 @@ class Writer:
         self._blocks = BlockPool(options.write_buffer_bytes)
         self._condition = threading.Condition()
         self._storing = threading.Lock()  # held while a batch's objects are stored and committed
-        self._open = Batch(0)
-        self._queue: deque[Batch] = deque()
-        self._streaming: list[SegmentBuilder] = []  # of episodes that outgrew memory
+        self._backlog = Backlog()
         self._hidden_until = -1  # number of the last batch that holds what the follower cannot see
-        self._settled = -1  # number of the last batch that was committed or failed
         self._errors: list[Exception] = []
         self._pump_wanted = False
         self._uuids = FreshUuids()
@@ -125,7 +112,7 @@ class Writer:
     def pending(self) -> int:
         """Trajectories appended and not yet committed."""
         with self._condition:
-            return len(self._open.rows) + sum(len(batch.rows) for batch in self._queue)
+            return self._backlog.trajectories
 
     def append(
         self, tree: Mapping[str, Any], *, terminated: bool, truncated: bool, metadata: Mapping[str, Any]
@@ -161,20 +148,20 @@ class Writer:
 
     def _append(self, columns: Mapping[str, Stored], schema: Schema, endings: Sequence[Ending]) -> list[TrajectoryRef]:
         present = tuple(c.path for c in schema if c.path in columns)
-        builder = self._open.shared.get(present)
+        builder = self._backlog.open.shared.get(present)
         if builder is None:
             builder = self._new_builder([schema[path] for path in present])
-            self._open.shared[present] = builder
-            self._open.builders.append(builder)
+            self._backlog.open.shared[present] = builder
+            self._backlog.open.builders.append(builder)
         self._schema = schema
         try:
             self._append_rows(builder, columns)
             page_rows = builder.page_rows if self._follower is not None else {}
             added = [self._add_row(builder, ending) for ending in endings]
         except BaseException:  # Ctrl-C, or out of memory: some columns may have rows that others lack
-            self._open.shared.pop(present, None)  # what it holds stays; nothing may follow
-            if not builder.trajectories and builder in self._open.builders:
-                self._open.builders.remove(builder)
+            self._backlog.open.shared.pop(present, None)  # what it holds stays; nothing may follow
+            if not builder.trajectories and builder in self._backlog.open.builders:
+                self._backlog.open.builders.remove(builder)
                 builder.abandon()
             raise
         self._show([row for _, row in added], columns, page_rows)
@@ -184,7 +171,7 @@ class Writer:
     @property
     def hides(self) -> bool:
         """Whether the follower cannot see all trajectories before the next ``flush``."""
-        return self._follower is not None and self._settled < self._hidden_until
+        return self._follower is not None and self._backlog.settled < self._hidden_until
 
     def declare(self, schema: Schema) -> None:
         """Add columns to the schema; they are committed with the next trajectory."""
@@ -197,7 +184,7 @@ class Writer:
         while True:
             self.flush()
             with self._begin_change():
-                if not self._open.rows and not self._queue:
+                if not self._backlog.trajectories:
                     follower.advance(self._head)
                     self._follower = follower
                     return
@@ -207,19 +194,19 @@ class Writer:
         with self._begin_change():
             self._schema = self._schema.merged_with(schema)
             builder = self._new_builder(list(columns))
-            self._streaming.append(builder)
+            self._backlog.streaming.append(builder)
             return builder
 
     def append_to_stream(self, builder: SegmentBuilder, columns: Mapping[str, Stored]) -> None:
         """Rows of such an episode."""
         with self._begin_change():
             self._wait_for_room()
-            if builder not in self._streaming:
+            if builder not in self._backlog.streaming:
                 raise ClosedError(_LOST_STREAM)
             try:
                 self._append_rows(builder, columns)
             except BaseException:  # as in append
-                self._streaming.remove(builder)
+                self._backlog.streaming.remove(builder)
                 builder.abandon()
                 raise
             self._wake_if_needed()
@@ -236,21 +223,21 @@ class Writer:
     ) -> TrajectoryRef:
         """The end of such an episode: it joins the open batch."""
         with self._begin_change():
-            if builder not in self._streaming:
+            if builder not in self._backlog.streaming:
                 raise ClosedError(_LOST_STREAM)
             fields, self._schema = checked_metadata(metadata, self._schema)
-            self._streaming.remove(builder)
-            self._open.builders.append(builder)
+            self._backlog.streaming.remove(builder)
+            self._backlog.open.builders.append(builder)
             ref, _ = self._add_row(builder, Ending(length, terminated, truncated, reward_sum, fields))
-            self._hidden_until = self._open.number  # its rows are on disk, too many for memory
+            self._hidden_until = self._backlog.open.number  # its rows are on disk, too many for memory
             self._cut_if_full()
             return ref
 
     def abandon_stream(self, builder: SegmentBuilder) -> None:
         """Such an episode is given up."""
         with self._condition:
-            if builder in self._streaming:
-                self._streaming.remove(builder)
+            if builder in self._backlog.streaming:
+                self._backlog.streaming.remove(builder)
         builder.abandon()
 
     def flush(self, timeout_s: float | None = None) -> None:
@@ -262,18 +249,18 @@ class Writer:
         """
         with self._begin_change():
             self._cut()
-            wanted = self._open.number - 1
-            if not self._condition.wait_for(lambda: self._settled >= wanted, timeout_s):
+            wanted = self._backlog.open.number - 1
+            if not self._condition.wait_for(lambda: self._backlog.settled >= wanted, timeout_s):
                 raise StorageTimeoutError(
                     f"{self._filesystem.description}: {self.pending} trajectories are not yet durable after {timeout_s} s; "
                     "the commit goes on in the background, call flush() again"
                 )
             self._raise_background_errors()
 
-    def commit(self, change: Change) -> Version:
-        """Flush, then commit another change."""
+    def commit(self, change: Change, *, since: Moment | None = None) -> Version:
+        """Flush, then commit another change; ``since`` as in ``History.commit``."""
         self.flush()
-        version = self._history.commit(change, self._head)
+        version = self._history.commit(change, self._head, since=since)
         with self._condition:
             if isinstance(change, Append) and change.instead:
                 self._declared = Schema()
@@ -290,8 +277,7 @@ class Writer:
     def segments_in_progress(self) -> set[str]:
         """Segments that are being written."""
         with self._condition:
-            batches = [self._open, *self._queue]
-            return {b.uuid for b in (*self._streaming, *(b for batch in batches for b in batch.builders))}
+            return {builder.uuid for builder in self._backlog.builders}
 
     def close(self) -> None:
         """Flush, then end the thread. May be called twice."""
@@ -303,12 +289,12 @@ class Writer:
             with self._condition:
                 self._closing = True
                 self._condition.notify_all()
-                streaming, self._streaming = self._streaming, []
+                streaming, self._backlog.streaming = self._backlog.streaming, []
             if self._thread is not None:
                 self._thread.join()
             for builder in streaming:
                 builder.abandon()
-            if self._settled >= 0:
+            if self._backlog.settled >= 0:
                 self._history.write_hint(self._head.number)
 
     # What follows runs under the condition's lock, in the thread of the caller.
@@ -329,18 +315,12 @@ class Writer:
             raise first
 
     def _wait_for_room(self) -> None:
-        if self._has_room() and not self._errors:
+        if self._backlog.has_room(self.options.write_buffer_bytes) and not self._errors:
             return
         self._pump_wanted = True
         self._wake()
-        self._condition.wait_for(lambda: self._has_room() or self._errors)
+        self._condition.wait_for(lambda: self._backlog.has_room(self.options.write_buffer_bytes) or self._errors)
         self._raise_background_errors()
-
-    def _has_room(self) -> bool:
-        if len(self._queue) >= _MAX_QUEUED_BATCHES:
-            return False
-        builders = itertools.chain(self._streaming, self._open.builders, *(batch.builders for batch in self._queue))
-        return sum(b.full_bytes + b.encoding_bytes for b in builders) < self.options.write_buffer_bytes
 
     def _new_builder(self, columns: list[Column]) -> SegmentBuilder:
         return SegmentBuilder(
@@ -359,30 +339,24 @@ class Writer:
     def _add_row(self, builder: SegmentBuilder, ending: Ending) -> tuple[TrajectoryRef, TrajectoryRow]:
         row = ending.row(builder, uuid=self._uuids.next(), created_at=self._now())
         ref = TrajectoryRef(row.uuid)
-        if not self._open.rows:
-            self._open.opened_at = time.monotonic()
+        if self._backlog.add(ref, row, at_s=time.monotonic()):
             self._pump_wanted = True  # so that the thread learns of the deadline
-        self._open.rows.append((ref, row))
         return ref, row
 
     def _show(self, rows: Sequence[TrajectoryRow], columns: Mapping[str, Stored], page_rows: Mapping[str, int]) -> None:
         """Let the follower see trajectories; if that takes too much memory, it has to wait until they are committed."""
         if self._follower is not None and not self._follower.appended(rows, columns, page_rows, self._schema):
-            self._hidden_until = self._open.number
+            self._hidden_until = self._backlog.open.number
 
     def _cut_if_full(self) -> None:
-        if sum(b.raw_bytes for b in self._open.builders) >= self.options.segment_bytes:
+        if sum(b.raw_bytes for b in self._backlog.open.builders) >= self.options.segment_bytes:
             self._cut()
         self._wake_if_needed()
 
     def _cut(self) -> None:
         """Close the open batch and queue it for commit."""
-        if not self._open.rows:
-            return
-        self._open.schema = self._schema
-        self._queue.append(self._open)
-        self._open = Batch(self._open.number + 1)
-        self._wake()
+        if self._backlog.cut(self._schema):
+            self._wake()
 
     def _wake_if_needed(self) -> None:
         """The last thing that a change does: a thread that is woken earlier takes turns with it."""
@@ -401,13 +375,13 @@ class Writer:
         while True:
             with self._condition:
                 self._condition.wait_for(self._has_work, self._seconds_to_wake())
-                if self._open.rows and not self._queue and self._seconds_to_deadline() == 0:
+                if self._backlog.open.rows and not self._backlog.queue and self._seconds_to_deadline() == 0:
                     self._cut()
-                batch = self._queue[0] if self._queue else None
+                batch = self._backlog.queue[0] if self._backlog.queue else None
                 if batch is None and self._closing:
                     return
                 self._pump_wanted = False
-                builders = [*self._streaming, *(() if batch else self._open.builders)]
+                builders = [*self._backlog.streaming, *(() if batch else self._backlog.open.builders)]
                 for builder in builders:
                     try:
                         builder.encode_arrow()
@@ -418,20 +392,22 @@ class Writer:
             self._pump(builders)
 
     def _has_work(self) -> bool:
-        return bool(self._queue) or self._pump_wanted or self._closing
+        return bool(self._backlog.queue) or self._pump_wanted or self._closing
 
     def _seconds_to_wake(self) -> float | None:
-        if any(b.encoding_bytes for b in (*self._streaming, *self._open.builders)):
+        if any(b.encoding_bytes for b in (*self._backlog.streaming, *self._backlog.open.builders)):
             return _PUMP_INTERVAL_S
-        return self._seconds_to_deadline() if self._open.rows else None
+        return self._seconds_to_deadline() if self._backlog.open.rows else None
 
     def _seconds_to_deadline(self) -> float:
-        return max(0.0, self._open.opened_at + self.options.commit_interval_s - time.monotonic())
+        return max(0.0, self._backlog.open.opened_at + self.options.commit_interval_s - time.monotonic())
 
     def _pump(self, builders: Iterable[SegmentBuilder]) -> None:
         for builder in builders:
             try:
+                before = self._history.moment()
                 builder.drain()
+                self._backlog.note_drained(builder, before)
             except Exception as error:  # noqa: BLE001 - raised at the next call of the user
                 with self._condition:
                     self._fail_open(builder, error)
@@ -441,25 +417,22 @@ class Writer:
     def _fail_open(self, failed: SegmentBuilder, error: Exception) -> None:
         """A segment under construction cannot be written: its trajectories are lost, and the user is told."""
         lost = 0
-        if failed in self._streaming:
-            self._streaming.remove(failed)
+        if failed in self._backlog.streaming:
+            self._backlog.streaming.remove(failed)
             failed.abandon()
-        elif failed not in self._open.builders:
+        elif failed not in self._backlog.open.builders:
             return  # its batch was cut meanwhile: committing it will fail, and say what is lost
         else:
-            lost = len(self._open.rows)
-            if self._follower is not None:
-                self._follower.lost([builder.uuid for builder in self._open.builders])
-            for builder in self._open.builders:
-                builder.abandon()
-            self._open = Batch(self._open.number)
+            dropped = self._backlog.drop_open()
+            lost = len(dropped.rows)
+            self._give_up(dropped)
         self._errors.append(lost_error(error, lost))
 
     def _adopt(self, version: Version) -> None:
         self._head = version
         if self._follower is not None:
             self._follower.advance(version)
-        waiting = self._open.rows or self._queue or self._streaming
+        waiting = bool(self._backlog)
         fresh = version.snapshot.schema
         try:
             # What nothing waits for is forgotten: the columns may have been cleared.
@@ -486,14 +459,14 @@ class Writer:
                 self._follower.committed(version, entries, ids)
             if version.number > self._head.number:  # a later one may have been seen meanwhile
                 self._adopt(version)
-            self._settled = batch.number
-            self._queue.popleft()
+            self._backlog.settle(batch)
             self._condition.notify_all()
 
     def _commit(self, batch: Batch) -> tuple[Version, list[SegmentEntry]]:
+        since = self._backlog.stored_since(batch, self._history.moment())
         entry, manifest = batch.store(self._filesystem, batch.schema or self._schema)
         change = Append(batch.schema or self._schema, (entry,), nbytes=sum(s.nbytes for s in manifest.segments))
-        version = self._history.commit(change, self._head)
+        version = self._history.commit(change, self._head, since=since)
         self._history.remember(entry, manifest)
         return version, list(manifest.segments)
 
@@ -501,20 +474,20 @@ class Writer:
         failed = [batch]
         if isinstance(error, SchemaConflictError):
             # What was appended since has the same columns: it cannot fit either.
-            failed = [*self._queue, self._open]
-            self._open = Batch(self._open.number)
+            failed = [*self._backlog.queue, self._backlog.drop_open()]
             try:
                 self._head = self._history.latest(self._head.number)
                 self._schema = self._head.snapshot.schema
             except StorageError as later:
                 error.add_note(f"and the store's schema could not be read again: {later}")
         for one in failed:
-            if self._follower is not None:
-                self._follower.lost([builder.uuid for builder in one.builders])
-            for builder in one.builders:
-                builder.abandon()
-            if one in self._queue:
-                self._queue.remove(one)
-        self._settled = self._queue[0].number - 1 if self._queue else self._open.number - 1
+            self._give_up(one)
+        self._backlog.drop(failed)
         self._errors.append(lost_error(error, sum(len(one.rows) for one in failed)))
         self._condition.notify_all()
+
+    def _give_up(self, batch: Batch) -> None:
+        if self._follower is not None:
+            self._follower.lost([builder.uuid for builder in batch.builders])
+        for builder in batch.builders:
+            builder.abandon()
