@@ -100,7 +100,7 @@ def test_filter_equals_a_loop(view, model):
     [
         ("lenght > 3", "lenght.*the fields are id, uuid, length"),
         ("length >", "is not an expression"),
-        ("length", "is not an expression"),
+        ("length", "gives values of int64, expected true or false"),
         ("task > 3", "is not an expression"),
         ("length > @limit", "limit"),
     ],

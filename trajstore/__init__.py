@@ -9,6 +9,11 @@ for batch in trajstore.open("runs/demo").trajectories.loader(256, window=16):
     ...
 """
 
+from trajstore.arrange import merge, split
+from trajstore.edit.compact import Compacted
+from trajstore.edit.findings import Report
+from trajstore.edit.vacuum import Vacuumed
+from trajstore.edit.versions import Diff
 from trajstore.errors import (
     BufferFullError,
     CacheTooSmallError,
@@ -18,6 +23,7 @@ from trajstore.errors import (
     ColumnTypeError,
     CommitError,
     CommitOutcomeUnknownError,
+    CommitTooOldError,
     CorruptionError,
     EmptyBufferError,
     EnvironmentNotFoundError,
@@ -25,6 +31,7 @@ from trajstore.errors import (
     FormatVersionError,
     IndexRangeError,
     LengthError,
+    ManifestsChangedError,
     MetadataError,
     MissingColumnError,
     MissingObjectError,
@@ -38,6 +45,8 @@ from trajstore.errors import (
     StorageTimeoutError,
     StoreExistsError,
     StoreNotFoundError,
+    TagExistsError,
+    TagNameError,
     TrajstoreError,
     UnknownColumnError,
     UnsupportedStorageError,
@@ -47,9 +56,12 @@ from trajstore.errors import (
     VersionNotFoundError,
 )
 from trajstore.feed.loader import Loader, LoaderStats
+from trajstore.feed.normalize import ColumnNormalization, Normalization
+from trajstore.format.statistics import ColumnStatistics, Statistics
 from trajstore.mix import Mix, mix
 from trajstore.opening import open
 from trajstore.read.leases import CacheStats
+from trajstore.read.usage import StoreUsage
 from trajstore.sample.window import future
 from trajstore.schema import Column, Schema
 from trajstore.store import Store
@@ -63,6 +75,8 @@ __version__ = "0.1.0"
 __all__ = [
     # what people hold
     "open",
+    "merge",
+    "split",
     "Store",
     "View",
     "Trajectory",
@@ -78,6 +92,16 @@ __all__ = [
     "Column",
     "Schema",
     "__version__",
+    # what they are told
+    "Statistics",
+    "ColumnStatistics",
+    "Normalization",
+    "ColumnNormalization",
+    "StoreUsage",
+    "Diff",
+    "Report",
+    "Compacted",
+    "Vacuumed",
     # errors
     "BufferFullError",
     "CacheTooSmallError",
@@ -87,6 +111,7 @@ __all__ = [
     "ColumnTypeError",
     "CommitError",
     "CommitOutcomeUnknownError",
+    "CommitTooOldError",
     "CorruptionError",
     "EmptyBufferError",
     "EnvironmentNotFoundError",
@@ -94,6 +119,7 @@ __all__ = [
     "FormatVersionError",
     "IndexRangeError",
     "LengthError",
+    "ManifestsChangedError",
     "MetadataError",
     "MissingColumnError",
     "MissingObjectError",
@@ -107,6 +133,8 @@ __all__ = [
     "StorageTimeoutError",
     "StoreExistsError",
     "StoreNotFoundError",
+    "TagExistsError",
+    "TagNameError",
     "TrajstoreError",
     "UnknownColumnError",
     "UnsupportedStorageError",

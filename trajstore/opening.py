@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trajstore.edit.marks import check_tagged, find_tag
 from trajstore.errors import ReadOnlyError
 from trajstore.format.codecs import check_preset
 from trajstore.read.access import StoreAccess
-from trajstore.read.bases import Bases, absolute
+from trajstore.read.bases import Bases, absolute_prefixes
 from trajstore.read.cache import DEFAULT_CACHE_BYTES
 from trajstore.read.disk_cache import DiskCache
 from trajstore.schema import Column, Schema
@@ -45,7 +46,7 @@ def open(
     mode: Mode = "r",
     *,
     schema: Schema | Iterable[Column] | None = None,
-    version: int | None = None,
+    version: int | str | None = None,
     codec: str | None = None,
     segment_bytes: int = WriteOptions.segment_bytes,
     commit_interval_s: float = WriteOptions.commit_interval_s,
@@ -65,7 +66,7 @@ def open(
         mode: ``"r"`` to read; ``"a"`` to append, made if there is none; ``"x"`` to append to a new one.
         schema: Columns, if they are not to be inferred from the first trajectory. On a store that has a schema, optional
             columns are added to it; anything else must agree.
-        version: Show this version instead of the latest; for reading.
+        version: Show this version, or the one of this tag, instead of the latest; for reading.
         codec: How pages are compressed: ``"fast"``, ``"small"``, ``"none"``, or None for a default per dtype.
         segment_bytes: Appended data is committed in segments of about this many bytes, before compression.
         commit_interval_s: Appended data is committed at least this often, in the background.
@@ -113,7 +114,7 @@ def open(
     filesystem = connect(url, storage_options=storage_options, single_writer=single_writer)
     declared = schema if isinstance(schema, Schema) else Schema(tuple(schema or ()))
     cache = CacheOptions(cache_bytes, None if cache_dir is None else os.fspath(cache_dir), cache_dir_bytes)
-    reopen, trusted = None, absolute(bases)
+    reopen, trusted = None, absolute_prefixes(bases)
     if not filesystem.url.startswith("memory://"):
         reopen = functools.partial(_reopened, filesystem.url, storage_options, cache, trusted)
     others = Bases(filesystem.url, _connect_base, options=storage_options, trusted=trusted)
@@ -127,7 +128,7 @@ def open_on(
     mode: Mode,
     *,
     declared: Schema | None = None,
-    version: int | None = None,
+    version: int | str | None = None,
     options: WriteOptions | None = None,
     history: History | None = None,
     cache: CacheOptions | None = None,
@@ -139,7 +140,12 @@ def open_on(
     if mode == "x" or mode == "a":
         store_uuid, head = open_or_create(filesystem, history, must_be_new=mode == "x")
     else:
-        store_uuid, head = open_existing(filesystem, history, version)
+        if isinstance(version, str):
+            tag = find_tag(filesystem, version)
+            store_uuid, head = open_existing(filesystem, history, tag.version)
+            check_tagged(filesystem, tag, head)
+        else:
+            store_uuid, head = open_existing(filesystem, history, version)
     reading = cache or CacheOptions()
     kept = None if reading.folder is None else DiskCache(reading.folder, max_bytes=reading.folder_bytes)
     workers = Workers(os.cpu_count() or 1, name="trajstore-codec")
@@ -151,6 +157,7 @@ def open_on(
         disk_cache=kept,
         bases=bases or Bases(filesystem.url, _connect_base),
         reopen=reopen,
+        keep_statistics=mode != "r",
     )
     return Store(
         filesystem, history, head, store_uuid, mode, declared or Schema(), options or WriteOptions(), workers, access

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from trajstore.errors import SelectionError
+from trajstore.feed.agreement import agreed_windows
 from trajstore.feed.loader import Loader
+from trajstore.feed.normalize import Normalize, resolve_normalization
 from trajstore.feed.options import LoaderOptions
 from trajstore.feed.pick import Picker
 from trajstore.feed.pipeline import PipelineBuilder, Samples, Supply
 from trajstore.follows import Follows
+from trajstore.format.statistics import Statistics
 from trajstore.read.access import StoreAccess
 from trajstore.read.columns import read_column
 from trajstore.read.selection import Selection
+from trajstore.read.statistics import QUANTILES, view_statistics
 from trajstore.sample.window import Window
 from trajstore.stored import Array
 
@@ -52,6 +57,60 @@ class Sampled:
             ``(rows, *shape)``; rows are steps, and one more per trajectory for a column with ``extra=1``.
         """
         return read_column(self._selection, self._access.readers, column, out)
+
+    def statistics(
+        self,
+        columns: Sequence[str] | None = None,
+        quantiles: Sequence[float] = QUANTILES,
+        progress: bool | None = None,
+    ) -> Statistics:
+        """Mean, standard deviation, extremes and quantiles of columns, and of the trajectories' lengths and returns.
+
+        Each value of a step has its own, if a step has at most 1024; of larger shapes each channel has (the last dimension
+        if it is at most 4, else the first if that is), or all values together. NaN and infinite values are counted apart
+        and enter nothing else; bools are 0 and 1; columns with ``extra=1`` include the final observations. The columns are
+        read once, one after the other, in bounded memory, past the page cache.
+
+        Moments are float64, combined as in Chan et al. (1983); of columns of at most 16 bits all is exact, quantiles
+        included. Other quantiles come from all values if there are at most 65,536, or else from so many that are drawn
+        without replacement (fewer of large steps, at most 64 MiB), the same ones each time: see ``ColumnStatistics.sampled``
+        for their error.
+
+        Of a view of a whole version the result is kept by the handle, and if that may write, in the store
+        (``statistics/<version>.json``); columns or quantiles that are asked for later are added to it.
+
+        Args:
+            columns: Names, nested ones by their parent too; by default all bools, integers and floating-point numbers of
+                fixed shape that every trajectory has.
+            quantiles: Fractions from 0 to 1.
+            progress: Show a progress bar on standard error; by default in a terminal, if there is much to read.
+
+        Returns:
+            A mapping from columns; ``to_pandas`` shows it.
+
+        Raises:
+            SelectionError: A column that holds no numbers or that some trajectories lack; a view of no trajectories.
+            UnknownColumnError: A name that nothing has.
+
+        Examples:
+            >>> import numpy as np, trajstore
+            >>> with trajstore.open("memory://docs/measure", mode="a") as store:
+            ...     action, reward = np.array([[0.0, 1.0], [4.0, 1.0]], np.float32), np.array([1.0, 2.0])
+            ...     _ = store.append({"action": action, "reward": reward})
+            ...     store.flush()
+            ...     stats = store.trajectories.statistics(["action"], quantiles=[0.5])
+            >>> stats["action"].std, stats["action"].quantile(0.5), stats.reward_sum.mean.item()
+            (array([2., 0.]), array([2., 1.]), 3.0)
+        """
+        self._access.check_open()
+        return view_statistics(
+            self._selection,
+            self._access.readers,
+            self._access.statistics,
+            columns=columns,
+            quantiles=quantiles,
+            progress=progress,
+        )
 
     def gather(
         self,
@@ -173,6 +232,7 @@ class Sampled:
         cache_bytes: int | None = None,
         cache_device: torch.device | str | None = None,
         output: str = "dict",
+        normalize: Normalize = None,
         progress: bool = False,
     ) -> Loader:
         """Batches of windows, from the page cache, made ahead by a thread.
@@ -225,6 +285,13 @@ class Sampled:
             cache_device: A page cache on this device, of ``cache_bytes`` or as large as the store's.
             output: ``"dict"``, or ``"tensordict"``: a ``TensorDict`` of batch size ``[batch_size]`` in which strings and
                 ragged columns are ``NonTensorStack``; needs ``pip install 'trajstore[tensordict]'``.
+            normalize: True: every floating-point column, also rewards, as ``(x - mean) / max(std, 1e-8)`` in float32, by the
+                statistics of this view, which are measured first if they are not known (see ``statistics``). A mapping
+                from columns to ``"mean_std"``, ``"min_max"`` (to -1 .. 1) or a pair of arrays ``(mean, std)``, integers
+                too; or the ``normalization`` of another loader. It is done where the batch goes; whatever shows such a
+                column is normalized alike: ``next_obs`` as ``obs``, padding as the rest, rewards before they are summed
+                for ``n_step``. ``Loader.normalization`` says with what. A loader that follows keeps the numbers that it
+                began with.
             progress: Show a progress bar on standard error; of several ranks, the first shows it.
 
         Returns:
@@ -264,6 +331,13 @@ class Sampled:
             output=output,
             progress=progress,
         )
+        if normalize is not None and normalize is not False:
+            spec = agreed_windows([self._selection], options)[0]
+
+            def measure(names: Sequence[str]) -> Statistics:
+                return self.statistics(names, quantiles=())
+
+            options = replace(options, normalization=resolve_normalization(normalize, self._selection, spec, measure))
         return self._access.opened(Loader(PipelineBuilder((self,), (batch_size,), options), options))
 
     def supply(self, options: LoaderOptions) -> Supply:

@@ -12,16 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 
-from trajstore.edit.reclaim import reclaim as reclaim_bytes
+from trajstore.editing import Edited
 from trajstore.errors import (
     ClosedError,
     LengthError,
     ReadOnlyError,
     SchemaError,
-    SelectionError,
-    VersionExpiredError,
 )
 from trajstore.follows import Follows
 from trajstore.read.access import StoreAccess
@@ -29,7 +26,7 @@ from trajstore.read.live import LiveTrajectories
 from trajstore.read.table import TrajectoryTable
 from trajstore.read.usage import StoreUsage, measure_usage
 from trajstore.schema import Column, Schema
-from trajstore.storage.changes import Append, Delete
+from trajstore.storage.changes import Append
 from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import Workers
@@ -43,7 +40,7 @@ Mode = Literal["r", "a", "x"]
 _JOIN_S = 5.0  # closing waits no longer for a reader whose storage hangs
 
 
-class Store:
+class Store(Edited):
     """A store of trajectories, made by ``trajstore.open``. Close it, or use it as a context manager.
 
     Args:
@@ -115,6 +112,11 @@ class Store:
         """
         self._check_open()
         return View(self._latest_table(), self._access, follows=Follows(self._follow))
+
+    def rows_to_copy(self) -> View:
+        """``trajectories`` of a handle opened for reading, with every column of their table: for edits."""
+        self._check_open()
+        return View(self._access.table(self._history, self._current(), whole=True), self._access)
 
     def _latest_table(self) -> TrajectoryTable:
         if self._writer is not None:
@@ -247,40 +249,6 @@ class Store:
         """
         self._writing().flush(timeout_s)
 
-    def delete(self, ids: Iterable[int] | Array, *, reclaim: bool = False) -> int:
-        """A new version without these trajectories; earlier versions keep them. What was appended before is flushed.
-
-        Args:
-            ids: ``view.ids``, or some of them.
-            reclaim: Also give back the bytes of whole segments that the new version does not need, and with them every
-                earlier version: for a store that nobody else reads, writes or refers to.
-
-        Returns:
-            The version.
-
-        Raises:
-            IndexRangeError: A trajectory that the latest version does not hold.
-
-        Examples:
-            >>> import numpy as np, trajstore
-            >>> with trajstore.open("memory://docs/delete", mode="a") as store:
-            ...     for n in (3, 5):
-            ...         _ = store.append({"action": np.arange(n)})
-            ...     store.flush()
-            ...     _ = store.delete(store.trajectories.filter("length < 4").ids)
-            ...     len(store.trajectories)
-            1
-        """
-        chosen = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
-        if chosen.size and chosen.dtype.kind not in "iu":
-            raise SelectionError(f"ids of dtype {chosen.dtype}, expected integers")
-        writer = self._writing()
-        version = writer.commit(Delete(np.unique(chosen.astype(np.int64))))
-        if reclaim:
-            with writer.paused():
-                reclaim_bytes(self._filesystem, self._history, version.number, in_progress=writer.segments_in_progress)
-        return version.number
-
     def declare(self, schema: Schema | Iterable[Column]) -> None:
         """Add columns, as ``schema=`` of ``open`` does: all of them if there are none yet, otherwise optional ones.
 
@@ -303,35 +271,6 @@ class Store:
             self._writer.head = latest
         self._head = latest
         return self.version
-
-    def versions(self, limit: int = 1000) -> pd.DataFrame:
-        """The latest versions, newest first: when, by what operation, and what they hold.
-
-        Args:
-            limit: At most so many.
-        """
-        self._check_open()
-        rows: list[dict[str, Any]] = []
-        number = self._history.latest(self._current().number).number
-        while number > 0 and len(rows) < limit:
-            try:
-                snapshot = self._history.load(number).snapshot
-            except VersionExpiredError:
-                break  # what is older is gone too
-            rows.append(
-                {
-                    "version": number,
-                    "created_at": pd.Timestamp(snapshot.created_at),
-                    "operation": snapshot.operation,
-                    "trajectories": snapshot.totals.trajectories,
-                    "steps": snapshot.totals.steps,
-                    "stored_bytes": snapshot.totals.nbytes,
-                    "manifests": len(snapshot.manifests),
-                }
-            )
-            number -= 1
-        columns = ["version", "created_at", "operation", "trajectories", "steps", "stored_bytes", "manifests"]
-        return pd.DataFrame(rows, columns=columns).set_index("version")
 
     def usage(self) -> StoreUsage:
         """Where the bytes are: per column logical and stored, and how many segments, manifests and versions."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import pandas as pd
-import torch
+import pyarrow as pa
 
 from trajstore.edit.combine import Share, Source, combine
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.follows import Follows
-from trajstore.interop import frames
+from trajstore.format.manifest import table_schema
+from trajstore.interop import arrow, frames
+from trajstore.interop.steps import StepReader
 from trajstore.read.access import StoreAccess
 from trajstore.read.segment import RowRange
 from trajstore.read.selection import Selection
@@ -28,13 +30,19 @@ from trajstore.storage.connect import connect
 from trajstore.stored import Array, Stored
 from trajstore.trajectory import Trajectory
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from trajstore.plot import Kind
+
 _LARGE_STEP_VALUES = 16
 
 
-class View(Sampled, Sequence["Trajectory"]):
+class View(Sampled):
     """A fixed selection of trajectories.
 
     Indexing with a number gives a ``Trajectory``; with a slice, a boolean mask or an array of positions, a ``View``.
+    (Not a ``collections.abc.Sequence``: Polars would make a table of Python objects of one.)
 
     Examples:
         >>> import numpy as np, trajstore
@@ -158,35 +166,157 @@ class View(Sampled, Sequence["Trajectory"]):
         Raises:
             SelectionError: An unknown field, or no expression at all.
         """
-        chosen = self._rows[frames.query(self.to_pandas(), expression, variables)]
+        chosen = self._rows[frames.query(self._full(), expression, variables)]
         return self._selected(chosen, self._followed("filter", expression, **variables))
+
+    def having(self, *columns: str) -> View:
+        """The trajectories that have all of these columns.
+
+        Args:
+            *columns: Names; of a parent, all columns under it.
+
+        Raises:
+            UnknownColumnError: The store has no such column.
+
+        Examples:
+            >>> import numpy as np, trajstore
+            >>> with trajstore.open("memory://docs/having", mode="a") as store:
+            ...     _ = store.append({"reward": np.ones(3)})
+            ...     _ = store.add_column("return", lambda t: t["reward"][::-1].cumsum()[::-1])
+            ...     _ = store.append({"reward": np.ones(2)})
+            ...     store.flush()
+            ...     len(store.trajectories), len(store.trajectories.having("return"))
+            (2, 1)
+        """
+        chosen = np.ones(len(self), bool)
+        for column in self._columns(columns):
+            presence = self._table.column_presence.get(column.path)
+            if presence is not None:
+                chosen &= presence[self._table.segment[self._rows]]
+        return self._selected(self._rows[chosen], self._followed("having", *columns))
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per trajectory, indexed by id: uuid, length, flags, return, time, then metadata fields."""
-        return frames.trajectory_frame(self._table.full.take(self._rows))
+        return frames.trajectory_frame(self._full())
+
+    def to_arrow(self) -> pa.Table:
+        """One row per trajectory: id, uuid (text), length, flags, return, time, then metadata fields.
+
+        The view itself is such a table to whatever takes the Arrow stream protocol: ``duckdb.sql("select ... from view")``,
+        ``polars.DataFrame(view)``, ``pyarrow.table(view)``.
+
+        Examples:
+            >>> import numpy as np, pyarrow, trajstore
+            >>> with trajstore.open("memory://docs/arrow", mode="a") as store:
+            ...     _ = store.append({"action": np.arange(3)}, terminated=True, task="pick")
+            ...     pyarrow.table(store.trajectories).select(["id", "length", "task"]).to_pylist()
+            [{'id': 0, 'length': 3, 'task': 'pick'}]
+        """
+        return arrow.trajectory_table(self._full())
+
+    def __arrow_c_schema__(self) -> Any:
+        return arrow.trajectory_schema(table_schema(self.schema.metadata)).__arrow_c_schema__()
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def steps(self, columns: Sequence[str] | None = None, n: int | None = None) -> pd.DataFrame:
         """One row per step, indexed by (trajectory id, step).
 
         Args:
-            columns: Names; by default all that are small. Vectors become one column per entry, larger shapes one array
-                per
+            columns: Names; by default all that are small. Vectors become one column per entry, larger shapes one array per
                 cell. Of a column with ``extra=1`` the final observation is left out.
             n: At most this many steps, from the beginning of the view; all by default.
+
+        Raises:
+            UnknownColumnError: A trajectory lacks one of the columns.
         """
-        chosen = self._columns(columns) if columns is not None else self._small_columns()
+        reader, chosen = self._steps_of(columns, n)
+        trajectories, steps = reader.index(0, reader.rows)
+        return frames.step_frame(trajectories, steps, [(c.path, reader.values(c)) for c in chosen])
+
+    def steps_arrow(
+        self, columns: Sequence[str] | None = None, n: int | None = None, *, batch_bytes: int = 32 * 1024 * 1024
+    ) -> arrow.StepTable:
+        """One row per step as an Arrow table that is read while it is streamed, so it may be larger than memory.
+
+        DuckDB and Polars take it as it is: ``duckdb.sql("select trajectory, avg(reward) from steps group by all")``,
+        ``polars.DataFrame(steps)``. Vectors and larger tensors are nested fixed-size lists.
+
+        Args:
+            columns: Names; by default all that are small: name images if they are wanted, they are read even if a query
+                does not use them. Null where a trajectory lacks the column. Of a column with ``extra=1`` the final
+                observation is left out.
+            n: At most this many steps, from the beginning of the view; all by default.
+            batch_bytes: Memory of one batch of rows, about.
+
+        Raises:
+            SelectionError: A column named ``trajectory`` or ``step``, as the id and the number of each step are.
+        """
+        reader, chosen = self._steps_of(columns, n)
+        if columns is None:
+            chosen = [column for column in chosen if column.path not in arrow.INDEX_COLUMNS]
+        return arrow.StepTable(reader, chosen, batch_bytes)
+
+    def plot(
+        self,
+        kind: Kind = "overview",
+        *,
+        by: str | None = None,
+        x: Literal["id", "created_at", "steps"] = "id",
+        trajectory: int | Sequence[int] | None = None,
+        columns: str | Sequence[str] | None = None,
+        rows: int = 3,
+        frames: int = 8,
+        title: str | None = None,
+        path: str | os.PathLike[str] | None = None,
+        show: bool = False,
+    ) -> Figure:
+        """A picture of these trajectories, which notebooks show when it is the last value of a cell.
+
+        Args:
+            kind: ``"overview"``; ``"returns"``: return of each trajectory and its running mean; ``"lengths"``: how long they
+                are and how they ended; ``"trajectory"``: rewards, actions or other columns of one over its steps;
+                ``"frames"``: images of some at evenly spaced steps.
+            by: A field of the trajectory table that colours returns: ``"task"``, ``"source_store"``.
+            x: What returns are drawn over: number of the trajectory, time, or steps taken before its end in this view.
+            trajectory: Id, or several for frames; by default the first, or for frames evenly spaced ones.
+            columns: Names, for kind ``"trajectory"``; the image column for frames. By default reward and actions, and the
+                first column that looks like images.
+            rows: Trajectories in frames, at most.
+            frames: Steps of each.
+            title: Above the picture.
+            path: Where to save it: ``.png``, ``.pdf`` or ``.svg``.
+            show: Open a window, and return when it is closed.
+
+        Raises:
+            SelectionError: An empty view, no such trajectory, field or image column, or nothing that can open a window.
+            ImportError: matplotlib is missing; the message says what to install.
+        """
+        from trajstore import plot
+
+        return plot.plot(
+            self,
+            kind,
+            by=by,
+            x=x,
+            trajectory=trajectory,
+            columns=columns,
+            rows=rows,
+            frames=frames,
+            title=title,
+            path=path,
+            show=show,
+        )
+
+    def _steps_of(self, columns: Sequence[str] | None, n: int | None) -> tuple[StepReader, list[Column]]:
+        self._access.check_open()
         lengths = self.lengths
         if n is not None:
             before = np.cumsum(lengths) - lengths
             lengths = np.clip(_count(n) - before, 0, lengths)
-        kept = np.flatnonzero(lengths)
-        values: dict[str, list[Any]] = {c.path: [] for c in chosen}
-        for position in kept:
-            trajectory = self[int(position)]
-            for column in chosen:
-                values[column.path].append(trajectory.column(column.path)[: int(lengths[position])])
-        joined = [(c.path, _concatenate(values[c.path])) for c in chosen] if len(kept) else []
-        return frames.step_frame(self.ids[kept].tolist(), lengths[kept].tolist(), joined)
+        chosen = self._columns(columns) if columns is not None else self._small_columns()
+        return StepReader(self._selection, self._access.readers, lengths), chosen
 
     def save(
         self,
@@ -194,6 +324,7 @@ class View(Sampled, Sequence["Trajectory"]):
         *,
         share: Share = "link",
         replace: bool = False,
+        allow_unpinned: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> int:
@@ -203,8 +334,9 @@ class View(Sampled, Sequence["Trajectory"]):
             url: Where, as for ``trajstore.open``.
             share: ``"link"``: a store of its own, whose segments are hard-linked on one disk, copied by the server within
                 one bucket, else copied here. ``"copy"``: always bytes of its own. ``"reference"``: it refers to the segments
-                where they are, which must stay.
+                where they are, and pins them there, so that vacuum leaves them.
             replace: Of a store that is there, make a new version that holds these trajectories only.
+            allow_unpinned: Also refer to a store that cannot be written, where nothing keeps vacuum from removing segments.
             storage_options: For that place.
             progress: Show bytes copied on standard error; by default in a terminal, if there are many.
 
@@ -214,13 +346,18 @@ class View(Sampled, Sequence["Trajectory"]):
         Raises:
             StoreExistsError: A store is there, and ``replace`` is false.
             SelectionError: Some trajectories are not yet committed.
+            ReadOnlyError: A store that is referred to cannot be written, and ``allow_unpinned`` is false.
         """
-        if share not in ("link", "copy", "reference"):
-            raise SelectionError(f"share={share!r}, expected 'link', 'copy' or 'reference'")
         target = connect(url, storage_options=storage_options)
         try:
             combined = combine(
-                [self.source()], target, share=share, instead=replace, operation="save", progress=progress
+                [self.source()],
+                target,
+                share=share,
+                instead=replace,
+                operation="save",
+                pins="where possible" if allow_unpinned else "required",
+                progress=progress,
             )
         finally:
             target.close()
@@ -230,6 +367,10 @@ class View(Sampled, Sequence["Trajectory"]):
         """These trajectories as a part of another store; for edits."""
         self._access.check_open()
         return Source(self._selection, self._access.filesystem, self._access.store_uuid, self._access.bases)
+
+    def _full(self) -> pa.Table:
+        """All that is known of these trajectories, in their order."""
+        return self._table.full if self._selection.whole else self._table.full.take(self._rows)
 
     def _selected(self, rows: Array, follows: Follows | None = None) -> View:
         return View(self._table, self._access, rows, follows=follows)
@@ -257,9 +398,3 @@ def _count(n: int) -> int:
     if n < 0:
         raise SelectionError(f"n={n}, expected zero or more")
     return int(n)
-
-
-def _concatenate(parts: list[Any]) -> Any:
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    return torch.cat(parts)  # bfloat16

@@ -148,7 +148,9 @@ def test_fields_that_differ_are_refused_and_the_target_stays_empty(tmp_path):
             store.append({"x": np.arange(2)}, kind=value)
     with trajstore.open(tmp_path / "a") as a, trajstore.open(tmp_path / "b") as b:
         sources = [a.trajectories.source(), b.trajectories.source()]
-        with pytest.raises(SchemaConflictError, match=r"store 1 and those before it do not fit together.*kind"):
+        with pytest.raises(
+            SchemaConflictError, match=r"do not fit together: metadata field 'kind' has type=int64 in .*/a, "
+        ):
             combine(sources, LocalFilesystem(str(tmp_path / "c")))
         with pytest.raises(SelectionError, match="nothing to combine"):
             combine([], LocalFilesystem(str(tmp_path / "c")))

@@ -15,7 +15,7 @@ import trajstore
 from tests.edit.killed import again, kill_everywhere
 from tests.edit.stores import append, assert_holds, filled, holds, numbers_in, objects_of, segments_of
 from tests.support.faulty import DISK_FAULTS, FaultyDisk
-from trajstore.edit.reclaim import reclaim
+from trajstore.edit.vacuum import LATEST_ONLY, vacuum
 from trajstore.errors import TrajstoreError, VersionExpiredError
 from trajstore.format import layout
 from trajstore.opening import open_on
@@ -40,6 +40,11 @@ def listed(url):
 
 def segments_in(url):
     return {layout.segment_of(key) for key in listed(url)} - {None}
+
+
+def reclaim(filesystem):
+    """Bytes that went."""
+    return vacuum(filesystem, History(filesystem), LATEST_ONLY, dry_run=False, exclusive=True).nbytes
 
 
 def test_bytes_of_what_is_deleted_are_given_back(url):
@@ -147,10 +152,10 @@ def test_the_return_value_is_what_the_objects_took(url):
     with trajstore.open(url, "a") as store:
         store.delete([0, 1])
     before = listed(url)
-    freed = reclaim(filesystem, History(filesystem), 0)
+    freed = reclaim(filesystem)
     after = listed(url)
     assert freed == sum(n for key, n in before.items() if key not in after) > 0
-    assert reclaim(filesystem, History(filesystem), 0) == 0
+    assert reclaim(filesystem) == 0
     assert listed(url) == after
     holds(url, [2, 3])
 

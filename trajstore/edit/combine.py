@@ -1,37 +1,57 @@
 """A version made of trajectories of other stores: new manifest rows over segments that are shared.
 
-Invariant: every object that the new version names is in place before it is committed, and no step is decoded on the way.
-What fails leaves the target as it was, or a store without any version where there was none; what it had written already has
-names that nobody else uses, and the next try uses it again.
+Invariant: every object that the new version names is in place, and every version that it refers to is pinned, before it is
+committed; no step is decoded on the way. What fails leaves the target as it was, or a store without any version where there
+was none, and removes its pins again (a process that is killed may leave some). Segments that were copied until then are in
+nobody's way: the next try makes use of them if there is no version yet, and else vacuum removes them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from trajstore.errors import MissingObjectError, SchemaConflictError, SelectionError
+from trajstore.edit.borrow import Borrowed, Owner, Pins, borrow, find_loan, in_each
+from trajstore.edit.bring import Brought, Instead, find_objects
+from trajstore.edit.marks import held
+from trajstore.errors import (
+    CommitOutcomeUnknownError,
+    ManifestsChangedError,
+    SchemaConflictError,
+    SelectionError,
+)
 from trajstore.format import layout
-from trajstore.format.manifest import Manifest, SegmentEntry, encode_manifest, manifest_entry, table_schema
-from trajstore.format.snapshot import Base, ManifestEntry
-from trajstore.progress import byte_progress
-from trajstore.read.bases import Bases, reference
+from trajstore.format.manifest import (
+    INDEX_FIELDS,
+    Manifest,
+    SegmentEntry,
+    encode_manifest,
+    live_rows,
+    manifest_entry,
+    table_schema,
+)
+from trajstore.format.snapshot import ManifestEntry
+from trajstore.read.bases import Bases
 from trajstore.read.selection import Selection
-from trajstore.schema import Schema
+from trajstore.schema import Column, Schema
 from trajstore.storage.attach import find_existing, open_or_create, taken
 from trajstore.storage.changes import Append
 from trajstore.storage.commit import EMPTY_VERSION, History, Version
-from trajstore.storage.filesystem import Filesystem, ObjectInfo
+from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.tiers import MAX_MERGED_ROWS
+from trajstore.storage.workers import Workers
 from trajstore.stored import Array
 
 Share = Literal["link", "copy", "reference"]
-_LISTED_ONE_BY_ONE = 8  # segments; of more, the whole folder is listed at once
+_MOST_PLANS = 10  # of which each but the last found that others dropped segments meanwhile
+_ENCODED_AT_ONCE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,19 +77,11 @@ class Combined:
 
     Attributes:
         version: The new version of the target.
-        written_bytes: Bytes that were written: manifests, and segments as far as these were copied.
+        written_bytes: Bytes that were written: manifests, pins, and segments as far as these were copied.
     """
 
     version: Version
     written_bytes: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Owner:
-    """The store whose folder holds a segment."""
-
-    filesystem: Filesystem
-    store_uuid: str
 
 
 def combine(
@@ -78,9 +90,10 @@ def combine(
     *,
     share: Share = "link",
     order: Array | None = None,
-    fields: Mapping[str, tuple[str, Array]] | None = None,
+    fields: Mapping[str, tuple[str, Any]] | None = None,
     instead: bool = False,
     operation: str = "merge",
+    pins: Pins = "required",
     progress: bool | None = None,
 ) -> Combined:
     """Commit trajectories of several stores as one version of another.
@@ -91,80 +104,211 @@ def combine(
         share: ``"link"``: the target gets the segments' objects, by hard links on one disk, copied by the server in one
             bucket, else copied here. ``"copy"``: bytes of its own. ``"reference"``: the segments stay where they are.
         order: ``(n,)`` int64 positions among all trajectories; by default as they come.
-        fields: Metadata fields to set: name -> type and ``(n,)`` values, one for each position before ordering.
+        fields: Metadata fields to set: name -> type and Arrow array ``(n,)``, chunked or not, one for each position before
+            ordering.
         instead: Whether the new version holds these trajectories only; otherwise there must be no version yet.
         operation: What ``versions`` calls it.
+        pins: Of versions that are referred to: ``"required"``, ``"where possible"`` for stores that may be read-only,
+            ``"none"`` for a target that does not outlive this process.
         progress: Show bytes copied on standard error; by default in a terminal, if there are many.
 
     Raises:
         SchemaConflictError: Sources whose columns or fields differ.
-        SelectionError: Trajectories that are not committed, or none at all.
+        SelectionError: Trajectories that are not committed, no source at all, or no such way to share.
         StoreExistsError: A store is there, and ``instead`` is false.
         MissingObjectError: A segment is not where it should be.
+        ReadOnlyError: A store that is referred to cannot be written, so it cannot be pinned.
+        VersionExpiredError: Vacuum was faster: a version that is referred to is no longer there.
     """
+    if share not in ("link", "copy", "reference"):
+        raise SelectionError(f"share={share!r}, expected 'link', 'copy' or 'reference'")
     history = History(target)
+    since = history.moment()
     known = find_existing(target, history)
     if known is not None and known[1].number and not instead:
         raise taken(target)
     _check_committed(sources)
-    schema = union_schema([source.selection.schema for source in sources], fields or {})
-    owners: dict[str, _Owner] = {}
-    entries: dict[str, SegmentEntry] = {}
-    numbers = [_collect(source, entries, owners) for source in sources]
-    rows = _rows(sources, np.concatenate(numbers) if numbers else np.empty(0, np.int64), schema, fields or {})
-    if order is not None:
-        rows = rows.take(pa.array(order))
-    target_uuid, head = known or ("", EMPTY_VERSION)
-    objects = _objects_of(owners, entries)
-    foreign = {name: owner for name, owner in owners.items() if owner.store_uuid != target_uuid}
-    bases = head.snapshot.bases
-    written = 0
-    if share == "reference":
-        bases = _with_bases(bases, foreign.values(), target.url)
-        places = {(base.url, base.store_uuid): number for number, base in enumerate(bases)}
-        for name, owner in foreign.items():
-            url = reference(owner.filesystem.url, seen_from=target.url)
-            entries[name] = replace(entries[name], base=places[url, owner.store_uuid])
-    else:
-        lots = [(owner, [o for name in names for o in objects[name]]) for owner, names in _by_owner(foreign)]
-        written += _copy(target, lots, link=share == "link", progress=progress)
-    for name in owners.keys() - (foreign.keys() if share == "reference" else set()):
-        entries[name] = replace(entries[name], base=None)
-    manifests, nbytes = _write_manifests(target, rows, list(entries.values()))
-    if known is None:
-        target_uuid, head = open_or_create(target, history, must_be_new=not instead)
-    stored = sum(entry.nbytes for entry in entries.values())
-    change = Append(schema, manifests, stored, operation=operation, bases=bases, instead=instead, first=not instead)
-    version = history.commit(change, head)
+    schemas = [source.selection.schema for source in sources]
+    schema = union_schema(schemas, fields or {}, [source.filesystem.description for source in sources])
+    segments = _Segments(target, known[0] if known else None)
+    numbers = [segments.collect(source) for source in sources]
+    objects = find_objects(segments.owners, segments.parts)
+    foreign = {name: owner for name, owner in segments.owners.items() if owner.filesystem is not target}
+    lent, copied = (foreign, {}) if share == "reference" else ({}, foreign)
+    loan = find_loan(lent, pins)
+    brought = Brought(target, segments.parts, copied, objects, link=share == "link", progress=progress)
+    planned = known[1] if known else EMPTY_VERSION
+    brought.bring(planned, history.read_manifests)
+    rows = _rows(sources, np.concatenate(numbers), schema, fields or {}, order)
+    target_uuid, head = known or open_or_create(target, history, must_be_new=not instead)
+    borrowed = Borrowed()
+    nbytes = sum(part.nbytes for part in segments.parts.values())
+
+    def stored() -> tuple[ManifestEntry, ...]:
+        return _store_manifests(target, rows, segments.named(brought.names, loan.numbers))
+
+    def change(manifests: tuple[ManifestEntry, ...]) -> Append:
+        bases = tuple(borrowed.bases)
+        if not instead:
+            return Append(schema, manifests, nbytes, operation, bases, first=True)
+        return Instead(schema, manifests, nbytes, operation, bases, planned_on=planned.number, kept=brought.kept)
+
+    with _held(target, history, segments.owners):
+        try:
+            # Pins wait for disks, and encoding for a processor.
+            borrowing = functools.partial(borrow, loan, target, target_uuid, pins, borrowed)
+            manifests = in_each(lambda job: job(), [borrowing, stored] if loan.versions else [stored])[-1]
+            for plans_left in reversed(range(_MOST_PLANS)):
+                try:
+                    version = history.commit(change(manifests), head, since=since)
+                    break
+                except ManifestsChangedError:
+                    if not plans_left:
+                        raise
+                planned = head = history.latest(head.number)
+                brought.bring(planned, history.read_manifests)
+                target.remove([entry.path for entry in manifests])
+                manifests = stored()
+        except CommitOutcomeUnknownError:
+            raise  # the version may be there, and refer to what is pinned
+        except Exception:
+            borrowed.give_back()
+            raise
     history.write_hint(version.number)
-    return Combined(version, written + nbytes)
+    written = brought.written_bytes + borrowed.written_bytes + sum(entry.nbytes for entry in manifests)
+    return Combined(version, written)
 
 
-def union_schema(schemas: Sequence[Schema], fields: Mapping[str, tuple[str, Array]]) -> Schema:
-    """One schema for trajectories of several stores.
+class _Segments:
+    """The segments of all sources, each once, and whose they are.
+
+    Args:
+        target_uuid: Identity of the target, if it is a store already.
+        target: Where it is.
+    """
+
+    def __init__(self, target: Filesystem, target_uuid: str | None) -> None:
+        self._target = target
+        self._target_uuid = target_uuid
+        self._numbers: dict[tuple[str, ...], int] = {}  # by key
+        self._entries: list[SegmentEntry] = []
+        self.parts: dict[str, SegmentEntry] = {}  # segments and layers
+        self.owners: dict[str, Owner] = {}  # of each of these
+
+    def collect(self, source: Source) -> Array:
+        """Note the segments of a source; for each of its trajectories, the number of its segment among all."""
+        table, rows = source.selection.table, source.selection.rows
+        bases = table.version.snapshot.bases
+        # What was committed after a growing table was taken is in a later version.
+        later = table.growth is not None and len(rows) and int(rows.max()) >= len(table.growth.base)
+        owners: dict[int | None, Owner] = {
+            None: self._own_or(source.filesystem, source.store_uuid, None if later else table.version)
+        }
+        numbers = np.full(len(table.segments), -1, np.int64)
+        for n in source.selection.segments.tolist():
+            entry = table.segments[n]
+            for part in entry.parts:
+                if part.uuid in self.parts:
+                    continue
+                if part.base not in owners:
+                    base = bases[part.base or 0]
+                    owners[part.base] = self._own_or(source.bases.open(base), base.store_uuid, base.pin)
+                self.owners[part.uuid] = owners[part.base]
+                self.parts[part.uuid] = part
+            if entry.key not in self._numbers:
+                self._numbers[entry.key] = len(self._entries)
+                self._entries.append(entry)
+            numbers[n] = self._numbers[entry.key]
+        return numbers[table.segment[rows]]
+
+    def named(self, names: Mapping[str, str], bases: Mapping[str, int]) -> list[SegmentEntry]:
+        """How manifests of the target name them.
+
+        Args:
+            names: What those are called there that were brought.
+            bases: Number of the base of each segment and layer that lies in another store.
+        """
+
+        def here(part: SegmentEntry) -> SegmentEntry:
+            return replace(part, uuid=names.get(part.uuid, part.uuid), base=bases.get(part.uuid))
+
+        return [replace(here(entry), layers=tuple(map(here, entry.layers))) for entry in self._entries]
+
+    def _own_or(self, filesystem: Filesystem, store_uuid: str, version: Version | str | None) -> Owner:
+        return Owner(self._target if store_uuid == self._target_uuid else filesystem, store_uuid, version)
+
+
+@contextlib.contextmanager
+def _held(target: Filesystem, history: History, owners: Mapping[str, Owner]) -> Iterator[None]:
+    """Inside the block no vacuum takes versions of the target itself away that have some of these segments."""
+    own = {name: owner for name, owner in owners.items() if owner.filesystem is target}
+    with contextlib.ExitStack() as marks:
+        for _, version in find_loan(own, "required").versions:
+            if version is not None:
+                marks.enter_context(held(target, history, version))
+        yield
+
+
+def union_schema(
+    schemas: Sequence[Schema], fields: Mapping[str, tuple[str, Any]], names: Sequence[str] | None = None
+) -> Schema:
+    """One schema for trajectories of several stores. A column that not every store requires is optional in it.
+
+    Args:
+        schemas: Of the stores.
+        fields: Metadata fields to set: name -> type first.
+        names: Of the stores, for messages.
 
     Raises:
-        SchemaConflictError: A column or field that differs.
+        SelectionError: There are none.
+        SchemaConflictError: Columns or fields that differ; all of them are named.
     """
     if not schemas:
         raise SelectionError("nothing to combine; name a store or a view at least")
-    whole = schemas[0]
-    for number, schema in enumerate(schemas[1:], 1):
-        if not whole.columns or not schema.columns:
-            whole = whole.merged_with(schema)
+    _check_alike(schemas, names or [f"store {number}" for number in range(len(schemas))])
+    required = [schema.required for schema in schemas if schema.columns]
+    everywhere = frozenset.intersection(*required) if required else frozenset()
+    whole = Schema()
+    for number, schema in enumerate(schemas):
+        if number and schema == schemas[number - 1]:
             continue
-        lacking = {c.path for c in whole if c.path not in schema} | {c.path for c in schema if c.path not in whole}
-        try:
-            whole = _relaxed(whole, lacking).merged_with(_relaxed(schema, lacking))
-        except SchemaConflictError as error:
-            raise SchemaConflictError(f"store {number} and those before it do not fit together: {error}") from error
+        columns = [replace(c, presence="optional") if c.path in schema.required - everywhere else c for c in schema]
+        whole = whole.merged_with(Schema(tuple(columns), schema.metadata))
     return whole.with_metadata({name: kind for name, (kind, _) in fields.items()})
 
 
-def _relaxed(schema: Schema, lacking: set[str]) -> Schema:
-    """Columns that not every store has are optional in the union."""
-    columns = [replace(c, presence="optional") if c.path in lacking and c.presence == "required" else c for c in schema]
-    return Schema(tuple(columns), schema.metadata)
+def _check_alike(schemas: Sequence[Schema], names: Sequence[str]) -> None:
+    """Raise ``SchemaConflictError`` if columns or fields of the same name mean different things."""
+    meant: dict[tuple[str, str], dict[str, str]] = {}  # name and attribute -> value -> the first store that has it
+    for number, (schema, name) in enumerate(zip(schemas, names, strict=True)):
+        if number and schema == schemas[number - 1]:
+            continue
+        for column in schema:
+            for attribute, value in _told_apart_by(column).items():
+                meant.setdefault((f"column {column.path!r}", attribute), {}).setdefault(value, name)
+        for field, kind in schema.metadata.items():
+            meant.setdefault((f"metadata field {field!r}", "type"), {}).setdefault(kind, name)
+    told = [
+        f"{what} has {', '.join(f'{attribute}={value} in {where}' for value, where in values.items())}"
+        for (what, attribute), values in meant.items()
+        if len(values) > 1
+    ]
+    if told:
+        raise SchemaConflictError(
+            f"the stores do not fit together: {'; '.join(told)}; combine those that agree, or append the trajectories of "
+            "the others to a store with columns like these"
+        )
+
+
+def _told_apart_by(column: Column) -> dict[str, str]:
+    """What stores must agree on."""
+    return {
+        "dtype": column.dtype,
+        "shape": str(column.shape),
+        "extra": str(column.extra),
+        "ragged": str(column.ragged),
+        "presence": "derived" if column.presence == "derived" else "appended",
+    }
 
 
 def _check_committed(sources: Sequence[Source]) -> None:
@@ -172,130 +316,100 @@ def _check_committed(sources: Sequence[Source]) -> None:
         waiting = len(source.selection) - len(source.selection.committed())
         if waiting:
             raise SelectionError(
-                f"{waiting} trajectories of {source.filesystem.description} are not yet committed: flush() the store "
-                f"and take "
-                "the view again"
+                f"{waiting} trajectories of {source.filesystem.description} are not yet committed: flush() the store and "
+                "take the view again"
             )
-
-
-def _collect(source: Source, entries: dict[str, SegmentEntry], owners: dict[str, _Owner]) -> Array:
-    """Note the segments of a source, each once; for each of its trajectories, the number of its segment among all."""
-    table = source.selection.table
-    own = _Owner(source.filesystem, source.store_uuid)
-    bases = table.version.snapshot.bases
-    numbering = {name: number for number, name in enumerate(entries)}
-    numbers = np.full(len(table.segments), -1, np.int64)
-    for n in source.selection.segments.tolist():
-        entry = table.segments[n]
-        if entry.uuid not in entries:
-            base = None if entry.base is None else bases[entry.base]
-            owners[entry.uuid] = own if base is None else _Owner(source.bases.open(base), base.store_uuid)
-            numbering[entry.uuid] = len(entries)
-            entries[entry.uuid] = entry
-        numbers[n] = numbering[entry.uuid]
-    return numbers[table.segment[source.selection.rows]]
 
 
 def _rows(
-    sources: Sequence[Source], segments: Array, schema: Schema, fields: Mapping[str, tuple[str, Array]]
+    sources: Sequence[Source],
+    segments: Array,
+    schema: Schema,
+    fields: Mapping[str, tuple[str, Any]],
+    order: Array | None,
 ) -> pa.Table:
     """All trajectories as rows of a fresh manifest; ``segment`` counts all segments."""
     wanted = table_schema(schema.metadata)
-    parts = []
-    for source in sources:
-        full = source.selection.table.full.take(pa.array(source.selection.rows))
-        columns = [
-            full[f.name].cast(f.type) if f.name in full.column_names else pa.nulls(full.num_rows, f.type)
-            for f in wanted
-        ]
-        parts.append(pa.Table.from_arrays(columns, schema=wanted))
-    rows = pa.concat_tables(parts)
-    given: dict[str, Any] = {"segment": pa.array(segments), "id": pa.nulls(rows.num_rows, pa.int64())}
-    given.update({name: pa.array(values) for name, (_, values) in fields.items()})
-    for name, values in given.items():
-        where = wanted.get_field_index(name)
-        rows = rows.set_column(where, wanted.field(where), values.cast(wanted.field(where).type))
-    return rows
+    given: dict[str, Any] = {"segment": pa.array(segments), "id": pa.nulls(len(segments), pa.int64())}
+    given.update({name: values for name, (_, values) in fields.items()})
+    names = [f.name for f in wanted if f.name not in given]
+    tables = in_each(lambda source: _chosen(source, names), sources)
+    columns = []
+    for f in wanted:
+        if f.name in given:
+            columns.append(_as(_chunked(given[f.name]), f.type))
+            continue
+        chunks: list[pa.Array] = []
+        for table in tables:
+            absent = f.name not in table.column_names
+            chunks += [pa.nulls(table.num_rows, f.type)] if absent else _as(table[f.name], f.type).chunks
+        columns.append(pa.chunked_array(chunks, f.type))
+    rows = pa.Table.from_arrays(columns, schema=wanted)
+    return rows if order is None else rows.combine_chunks().take(pa.array(order))
 
 
-def _with_bases(bases: tuple[Base, ...], owners: Any, url: str) -> tuple[Base, ...]:
-    found = list(bases)
-    for owner in owners:
-        base = Base(reference(owner.filesystem.url, seen_from=url), owner.store_uuid)
-        if all((b.url, b.store_uuid) != (base.url, base.store_uuid) for b in found):
-            found.append(base)
-    return tuple(found)
+def _chosen(source: Source, names: Sequence[str]) -> pa.Table:
+    """Some columns of the chosen rows of a table; metadata fields that the store lacks are left out."""
+    table, rows = source.selection.table, source.selection.rows
+    if table.growth is not None or "full" in vars(table):  # it was read already
+        chosen = table.full.select([name for name in names if name in table.full.column_names])
+    else:
+        chosen = _read(source, [name for name in names if name not in INDEX_FIELDS])
+        for name in set(names).intersection(INDEX_FIELDS):
+            chosen = chosen.append_column(name, pa.array(getattr(table, name)))
+    first, count = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
+    if np.array_equal(rows, np.arange(first, first + count)):
+        return chosen.slice(first, count)
+    if (np.diff(rows) > 0).all():
+        wanted = np.zeros(len(table), bool)
+        wanted[rows] = True
+        return chosen.filter(pa.array(wanted))  # chunk by chunk
+    return chosen.combine_chunks().take(pa.array(rows))
 
 
-def _copy(
-    target: Filesystem, lots: Sequence[tuple[Filesystem, Sequence[ObjectInfo]]], *, link: bool, progress: bool | None
-) -> int:
-    """Have objects of other stores in the target; bytes written."""
-    total = sum(o.nbytes for _, objects in lots for o in objects)
-    on_disks = "://" not in "".join([target.url, *(filesystem.url for filesystem, _ in lots)])
-    title = "linking, or copying between disks" if link and on_disks else "copying"
-    with byte_progress(title, total, shown=progress) as advance:
-        return sum(
-            target.copy_from(filesystem, objects, link=link, done=lambda o: advance(o.nbytes))
-            for filesystem, objects in lots
-        )
+def _read(source: Source, names: Sequence[str]) -> pa.Table:
+    """Columns of all rows of a table, besides those that it holds anyway."""
+    entries = source.selection.table.version.snapshot.manifests
+    manifests = History(source.filesystem).read_manifests(entries, names)
+    parts = [
+        live_rows(entry, manifest.table.select([name for name in names if name in manifest.table.column_names]))
+        for entry, manifest in zip(entries, manifests, strict=True)
+    ]
+    return pa.concat_tables(parts, promote_options="default") if parts else pa.table({name: [] for name in names})
 
 
-def _by_owner(owners: Mapping[str, _Owner]) -> list[tuple[Filesystem, list[str]]]:
-    """Segments of each store."""
-    found: dict[int, tuple[Filesystem, list[str]]] = {}
-    for name, owner in owners.items():
-        found.setdefault(id(owner.filesystem), (owner.filesystem, []))[1].append(name)
-    return list(found.values())
+def _chunked(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
+    return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
 
-def _objects_of(owners: Mapping[str, _Owner], entries: Mapping[str, SegmentEntry]) -> dict[str, list[ObjectInfo]]:
-    """The objects of all segments, by segment.
-
-    Raises:
-        MissingObjectError: Some are not there.
-    """
-    found: dict[str, list[ObjectInfo]] = {}
-    for filesystem, names in _by_owner(owners):
-        found.update(_objects(filesystem, [entries[name] for name in names]))
-    return found
+def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    return column if column.type == kind else column.cast(kind)
 
 
-def _objects(filesystem: Filesystem, segments: Sequence[SegmentEntry]) -> dict[str, list[ObjectInfo]]:
-    """The objects of segments, whose sizes add up to what the manifest says."""
-    names = {entry.uuid for entry in segments}
-    found: dict[str, list[ObjectInfo]] = {name: [] for name in names}
-    prefixes = [layout.SEGMENTS]
-    if len(names) <= _LISTED_ONE_BY_ONE:
-        prefixes = [layout.segment_folder(name) for name in sorted(names)]
-    for prefix in prefixes:
-        for info in filesystem.list_objects(prefix):
-            name = layout.segment_of(info.key)
-            if name in names:
-                found[name].append(info)
-    for entry in segments:
-        nbytes = sum(o.nbytes for o in found[entry.uuid])
-        if nbytes < entry.nbytes:
-            raise MissingObjectError(
-                f"{layout.segment_folder(entry.uuid)} in {filesystem.description} holds {nbytes} bytes, its manifest says "
-                f"{entry.nbytes}; restore it from a copy"
-            )
-    return found
+def _store_manifests(target: Filesystem, rows: pa.Table, entries: Sequence[SegmentEntry]) -> tuple[ManifestEntry, ...]:
+    """Store the rows in manifests of bounded size; how a snapshot names them."""
 
-
-def _write_manifests(
-    target: Filesystem, rows: pa.Table, entries: Sequence[SegmentEntry]
-) -> tuple[tuple[ManifestEntry, ...], int]:
-    """Store the rows in manifests of bounded size; how a snapshot names them, and bytes written."""
-    where = rows.schema.get_field_index("segment")
-    named: list[ManifestEntry] = []
-    for first in range(0, rows.num_rows, MAX_MERGED_ROWS):
+    def encoded(first: int) -> tuple[bytes, Manifest]:
         part = rows.slice(first, MAX_MERGED_ROWS)
-        used, numbers = np.unique(part["segment"].to_numpy(), return_inverse=True)
-        part = part.set_column(where, rows.schema.field(where), pa.array(numbers.astype(np.int32)))
-        manifest = Manifest(part.combine_chunks(), tuple(entries[n] for n in used.tolist()))
-        data = encode_manifest(manifest)
-        path = layout.manifest_key(uuid.uuid4().hex)
-        target.store({path: [data]})
-        named.append(manifest_entry(path, data, manifest, first_id=0))
-    return tuple(named), sum(entry.nbytes for entry in named)
+        numbers = distinct[part["segment"].to_numpy()]
+        used = np.flatnonzero(np.bincount(numbers, minlength=len(entries)))
+        renumbered = np.zeros(len(entries), np.int32)
+        renumbered[used] = np.arange(len(used))
+        part = part.set_column(where, rows.schema.field(where), pa.array(renumbered[numbers]))
+        manifest = Manifest(part, tuple(entries[n] for n in used.tolist()))
+        return encode_manifest(manifest), manifest
+
+    where = rows.schema.get_field_index("segment")
+    first: dict[tuple[str, ...], int] = {}  # of segments that the sources have under several names
+    distinct = np.array([first.setdefault(entry.key, n) for n, entry in enumerate(entries)], np.int64)
+    workers = Workers(_ENCODED_AT_ONCE, name="trajstore-manifest")
+    try:
+        made = workers.map(encoded, range(0, rows.num_rows, MAX_MERGED_ROWS))
+    finally:
+        workers.close()
+    keys = [layout.manifest_key(uuid.uuid4().hex) for _ in made]
+    if made:
+        target.store({key: [data] for key, (data, _) in zip(keys, made, strict=True)})
+    return tuple(
+        manifest_entry(key, data, manifest, first_id=0) for key, (data, manifest) in zip(keys, made, strict=True)
+    )

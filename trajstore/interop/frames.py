@@ -14,28 +14,45 @@ from trajstore.stored import Array
 
 # Of the table, what people ask for; where a trajectory lies is the store's business.
 _SHOWN = ("uuid", "length", "terminated", "truncated", "reward_sum", "created_at")
-_HIDDEN = ("id", "segment", "start", "ordinal", "episode", "first_step")
+HIDDEN_FIELDS = ("id", "segment", "start", "ordinal", "episode", "first_step")
 _NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype(), pa.string(): pd.StringDtype()}
 _MAX_EXPANDED = 64
 
 
-def trajectory_frame(table: pa.Table) -> pd.DataFrame:
-    """One row per trajectory, indexed by id: uuid, length, flags, return, time, then metadata fields."""
-    metadata = [name for name in table.column_names if name not in _SHOWN and name not in _HIDDEN]
-    plain = table.select([*_SHOWN[1:], *metadata])
-    frame: pd.DataFrame = plain.to_pandas(types_mapper=_NULLABLE.get)
-    for name in ("terminated", "truncated"):
+def trajectory_frame(table: pa.Table, *, named_in: str | None = None) -> pd.DataFrame:
+    """One row per trajectory, indexed by id: uuid, length, flags, return, time, then metadata fields.
+
+    Args:
+        table: The rows.
+        named_in: Leave out fields whose name does not occur in this text.
+    """
+    fields = [name for name in _fields(table) if named_in is None or name in named_in]
+    frame: pd.DataFrame = table.select([f for f in fields if f != "uuid"]).to_pandas(types_mapper=_NULLABLE.get)
+    for name in {"terminated", "truncated"}.intersection(fields):
         frame[name] = frame[name].astype(bool)
-    frame["length"] = frame["length"].astype(np.int64)
-    frame.insert(0, "uuid", uuid_strings(table["uuid"]))
+    if "length" in fields:
+        frame["length"] = frame["length"].astype(np.int64)
+    if "uuid" in fields:
+        frame.insert(0, "uuid", uuid_strings(table["uuid"]))
     frame.index = pd.Index(table["id"].to_numpy(), name="id")
     return frame
+
+
+def _fields(table: pa.Table) -> list[str]:
+    return [*_SHOWN, *(name for name in table.column_names if name not in _SHOWN and name not in HIDDEN_FIELDS)]
 
 
 def uuid_strings(column: pa.ChunkedArray) -> Array:
     """16-byte identifiers as ``8-4-4-4-12`` text, ``(n,)`` object."""
     if not len(column):
         return np.empty(0, object)
+    return uuid_text(column).view("S36").reshape(-1).astype("U36").astype(object)
+
+
+def uuid_text(column: pa.ChunkedArray) -> Array:
+    """16-byte identifiers as ``8-4-4-4-12`` text, ``(n, 36)`` uint8, ASCII."""
+    if not len(column):
+        return np.empty((0, 36), np.uint8)
     chunk = column.combine_chunks()
     raw = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * 16 :][: len(chunk) * 16].reshape(-1, 16)
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)
@@ -43,20 +60,19 @@ def uuid_strings(column: pa.ChunkedArray) -> Array:
     places = [i for i in range(36) if i not in (8, 13, 18, 23)]
     text[:, places[0::2]] = digits[raw >> 4]
     text[:, places[1::2]] = digits[raw & 15]
-    return text.view("S36").reshape(-1).astype("U36").astype(object)
+    return text
 
 
-def query(frame: pd.DataFrame, expression: str, variables: dict[str, Any]) -> Array:
-    """Positions of the rows for which an expression holds.
+def query(table: pa.Table, expression: str, variables: dict[str, Any]) -> Array:
+    """Positions of the rows for which an expression over their fields holds.
 
     Raises:
         SelectionError: The expression cannot be understood, or names an unknown field.
     """
-    numbered = frame.reset_index().assign(**{"__position__": np.arange(len(frame))})
-    fields = [name for name in numbered.columns if name != "__position__"]
+    fields = ["id", *_fields(table)]
+    frame = trajectory_frame(table, named_in=str(expression))
     try:
-        kept = numbered.query(expression, engine="python", local_dict=variables)
-        return kept["__position__"].to_numpy(np.int64)
+        found = frame.reset_index().eval(expression, engine="python", local_dict=variables)
     except pd.errors.UndefinedVariableError as error:
         raise SelectionError(f"filter {expression!r}: {error}; the fields are {', '.join(fields)}") from error
     except Exception as error:  # pandas raises what its parser and its operators raise
@@ -64,24 +80,40 @@ def query(frame: pd.DataFrame, expression: str, variables: dict[str, Any]) -> Ar
             f"filter {expression!r} is not an expression over {', '.join(fields)}: {error}; write it like "
             "\"length > 100 and task == 'pick'\""
         ) from error
+    holds = _truths(found, len(frame))
+    if holds is None:  # pandas would take numbers for labels of rows
+        raise SelectionError(
+            f"filter {expression!r} gives {_described(found)}, expected true or false for each trajectory; compare with "
+            'something: "success == 1"'
+        )
+    return np.flatnonzero(holds)
 
 
-def step_frame(ids: Sequence[int], lengths: Sequence[int], columns: Sequence[tuple[str, Any]]) -> pd.DataFrame:
+def _truths(found: Any, rows: int) -> Array | None:
+    """``(rows,)`` bool, missing values as false; None for anything but truth values."""
+    if not isinstance(found, pd.Series) or len(found) != rows:
+        return None
+    if found.dtype == object and all(value is None or isinstance(value, bool | np.bool_) for value in found):
+        return np.array([bool(value) for value in found], bool)
+    if not pd.api.types.is_bool_dtype(found.dtype):
+        return None
+    return found.fillna(False).to_numpy(bool)
+
+
+def _described(found: Any) -> str:
+    return f"values of {found.dtype}" if isinstance(found, pd.Series) else f"one {type(found).__name__}"
+
+
+def step_frame(trajectories: Array, steps: Array, columns: Sequence[tuple[str, Any]]) -> pd.DataFrame:
     """One row per step, indexed by (trajectory, step).
 
     Args:
-        ids: Of the trajectories.
-        lengths: Steps taken of each.
-        columns: Name and values ``(steps, *shape)``. Vectors become one column per entry,
+        trajectories: ``(rows,)`` int64: id of each step's trajectory.
+        steps: ``(rows,)`` int64: number of each step in it.
+        columns: Name and values ``(rows, *shape)``. Vectors become one column per entry,
             anything larger one array per cell.
     """
-    index = pd.MultiIndex.from_arrays(
-        [
-            np.repeat(np.asarray(ids, np.int64), lengths),
-            np.concatenate([np.arange(n) for n in lengths]) if len(lengths) else np.empty(0, np.int64),
-        ],
-        names=["trajectory", "step"],
-    )
+    index = pd.MultiIndex.from_arrays([trajectories, steps], names=["trajectory", "step"])
     data: dict[str, Any] = {}
     for name, values in columns:
         array = values if isinstance(values, np.ndarray) else values.float().numpy()  # bfloat16

@@ -1,0 +1,256 @@
+"""Tags and pins of a store: made, found, removed.
+
+Invariant: a mark is written first, and only then is it looked whether its version still stands and no vacuum has announced
+its end; vacuum announces first, and only then looks for marks. So one of the two always sees the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from trajstore.errors import (
+    CorruptionError,
+    MissingObjectError,
+    StorageError,
+    TagExistsError,
+    TrajstoreError,
+    VersionExpiredError,
+    VersionNotFoundError,
+)
+from trajstore.format import layout
+from trajstore.format.marks import Farewell, Pin, Tag, check_tag_name
+from trajstore.format.snapshot import Base
+from trajstore.storage.commit import History, Version
+from trajstore.storage.filesystem import Filesystem
+
+
+def tag(filesystem: Filesystem, history: History, name: str, version: Version, *, move: bool = False) -> Tag:
+    """Give a version a name.
+
+    Args:
+        filesystem: Where the store is.
+        history: Its versions.
+        name: The name.
+        version: The version.
+        move: Take the name from another version.
+
+    Raises:
+        TagNameError: A text that cannot be a name.
+        TagExistsError: Another version has it.
+        VersionExpiredError: Vacuum was faster.
+    """
+    check_tag_name(name)
+    if not version.number:
+        raise VersionNotFoundError("version 0 is the empty store and cannot be tagged; append something first")
+    made = Tag(name, version.number, version.sha256, dt.datetime.now(dt.UTC))
+    key = layout.tag_key(name)
+    if filesystem.create(key, made.to_bytes()):
+        _check_or_remove(filesystem, history, version, key)
+        return made
+    found = find_tag(filesystem, name)
+    same = found.snapshot_sha256 == made.snapshot_sha256
+    if not same and not move:
+        raise TagExistsError(
+            f"the tag {name!r} of {filesystem.description} is at version {found.version}; choose another name, or move it "
+            "(move=True)"
+        )
+    with held(filesystem, history, version):  # so that the name is not taken from one version and given to none
+        if not same:
+            filesystem.overwrite(key, made.to_bytes(), durable=True)
+    return found if same else made
+
+
+def untag(filesystem: Filesystem, name: str) -> None:
+    """Take a name away; the version stays as long as vacuum lets it.
+
+    Raises:
+        VersionNotFoundError: There is no such tag.
+    """
+    check_tag_name(name)
+    key = layout.tag_key(name)
+    if filesystem.read(key) is None:
+        raise _no_tag(filesystem, name)
+    filesystem.remove([key])
+
+
+def find_tag(filesystem: Filesystem, name: str) -> Tag:
+    """A tag.
+
+    Raises:
+        VersionNotFoundError: There is none of this name.
+    """
+    check_tag_name(name)
+    key = layout.tag_key(name)
+    data = filesystem.read(key)
+    if data is None:
+        raise _no_tag(filesystem, name)
+    return Tag.from_bytes(data, key=f"{key} in {filesystem.description}")
+
+
+def check_tagged(filesystem: Filesystem, tag: Tag, version: Version) -> None:
+    """Raise ``VersionNotFoundError`` unless a version is the one that was tagged."""
+    if version.sha256 != tag.snapshot_sha256:
+        raise VersionNotFoundError(
+            f"the tag {tag.name!r} of {filesystem.description} is of another version {tag.version} than the one there is: "
+            "parts of the store were restored from different copies; give the tag anew (move=True)"
+        )
+
+
+def all_tags(filesystem: Filesystem) -> list[Tag]:
+    """Every tag, by name."""
+    return [Tag.from_bytes(data, key=key) for key, data in _documents(filesystem, layout.TAGS)]
+
+
+def all_pins(filesystem: Filesystem) -> list[Pin]:
+    """Every pin."""
+    return [Pin.from_bytes(data, key=key) for key, data in _documents(filesystem, layout.PINS)]
+
+
+def marked_versions(filesystem: Filesystem) -> set[int]:
+    """Numbers of the versions that are tagged or pinned.
+
+    Pins are looked for first: whoever moves a tag holds its version by a pin until the tag is in place.
+    """
+    pinned = {pin.version for pin in all_pins(filesystem)}
+    return pinned | {tag.version for tag in all_tags(filesystem)}
+
+
+def pin(filesystem: Filesystem, history: History, version: Version, *, borrower_uuid: str, borrower_url: str) -> Pin:
+    """Keep a version for another store, which refers to its segments.
+
+    Args:
+        filesystem: Where the store is that owns the segments.
+        history: Its versions.
+        version: The version whose segments are referred to.
+        borrower_uuid: The other store.
+        borrower_url: Where it is.
+
+    Raises:
+        VersionExpiredError: Vacuum was faster.
+        StorageError: The store cannot be written.
+    """
+    made = Pin(uuid.uuid4().hex, version.number, version.sha256, borrower_uuid, borrower_url, dt.datetime.now(dt.UTC))
+    key = layout.pin_key(made.uuid)
+    filesystem.create(key, made.to_bytes())  # whole at once: vacuum may read it any time
+    _check_or_remove(filesystem, history, version, key)
+    return made
+
+
+def unpin(filesystem: Filesystem, pin_uuid: str) -> None:
+    """Keep it no longer."""
+    filesystem.remove([layout.pin_key(pin_uuid)])
+
+
+@contextlib.contextmanager
+def held(filesystem: Filesystem, history: History, version: Version) -> Iterator[None]:
+    """Inside the block no vacuum takes this version away: for whoever commits a version that names what it names.
+
+    Raises:
+        VersionExpiredError: Vacuum was faster.
+    """
+    if not version.number:
+        yield
+        return
+    made = pin(filesystem, history, version, borrower_uuid="0" * 32, borrower_url=filesystem.url)
+    try:
+        yield
+    finally:
+        unpin(filesystem, made.uuid)
+
+
+def check_there(filesystem: Filesystem, pin_uuid: str) -> None:
+    """Raise ``MissingObjectError`` unless a pin is there."""
+    if filesystem.read(layout.pin_key(pin_uuid)) is None:
+        raise MissingObjectError(
+            f"{layout.pin_key(pin_uuid)} of {filesystem.description} is not there: its vacuum may remove segments that "
+            "another store refers to; make that store self-contained"
+        )
+
+
+@dataclass(frozen=True)
+class ReleasedPins:
+    """What became of pins that are no longer needed.
+
+    Attributes:
+        released: Bases whose pin was removed.
+        unreachable: Bases that could not be reached or written, with what was said.
+    """
+
+    released: tuple[Base, ...]
+    unreachable: tuple[tuple[Base, str], ...]
+
+
+def release_pins(bases: Sequence[Base], open_base: Callable[[Base], Filesystem]) -> ReleasedPins:
+    """Remove the pins that this store has in others. One that is gone already is not reported.
+
+    Args:
+        bases: Those that no kept version needs, as ``vacuum`` found them.
+        open_base: Opens one for writing, or raises ``TrajstoreError``.
+    """
+    released: list[Base] = []
+    unreachable: list[tuple[Base, str]] = []
+    for base in bases:
+        if base.pin is None:
+            continue
+        try:
+            filesystem = open_base(base)
+            if filesystem.read(layout.pin_key(base.pin)) is not None:
+                unpin(filesystem, base.pin)
+                released.append(base)
+        except TrajstoreError as error:
+            unreachable.append((base, str(error)))
+    return ReleasedPins(tuple(released), tuple(unreachable))
+
+
+def farewells(filesystem: Filesystem) -> dict[str, Farewell]:
+    """What vacuums have announced and not yet finished, and what they decided, by key."""
+    return {
+        key: Farewell.from_bytes(data, key=f"{key} in {filesystem.description}")
+        for key, data in _read_all(filesystem, layout.VACUUM).items()
+    }
+
+
+def _check_or_remove(filesystem: Filesystem, history: History, version: Version, key: str) -> None:
+    """Fail, without the mark, unless its version still stands now that the mark is there."""
+    try:
+        _check_stands(filesystem, history, version)
+    except BaseException:
+        with contextlib.suppress(StorageError):  # a mark that stays behind keeps a version, no more
+            filesystem.remove([key])
+        raise
+
+
+def _check_stands(filesystem: Filesystem, history: History, version: Version) -> None:
+    # Announcements first: one that is not there any more has emptied its slots.
+    if any(version.number in farewell.versions for farewell in farewells(filesystem).values()):
+        raise VersionExpiredError(
+            f"version {version.number} of {filesystem.description} is being removed by vacuum; take a later one "
+            "(store.versions() lists them), or, if that vacuum was killed, run it again and try once more"
+        )
+    if not history.holds(version):
+        raise CorruptionError(
+            f"version {version.number} of {filesystem.description} is not the one that was read before: the store was "
+            "replaced meanwhile; open it again"
+        )
+
+
+def _no_tag(filesystem: Filesystem, name: str) -> VersionNotFoundError:
+    names = [tag.name for tag in all_tags(filesystem)]
+    return VersionNotFoundError(
+        f"{filesystem.description} has no tag {name!r}; its tags are {', '.join(map(repr, names)) or 'none'}"
+    )
+
+
+def _documents(filesystem: Filesystem, folder: str) -> list[tuple[str, bytes]]:
+    """Documents in a folder, with what to call each in errors."""
+    return [(f"{key} in {filesystem.description}", data) for key, data in _read_all(filesystem, folder).items()]
+
+
+def _read_all(filesystem: Filesystem, folder: str) -> dict[str, bytes]:
+    keys = [info.key for info in filesystem.list_objects(folder) if info.key.endswith(".json")]
+    found = zip(keys, filesystem.read_many(keys), strict=True)
+    return {key: data for key, data in found if data is not None}  # the others were removed meanwhile
