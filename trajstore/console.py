@@ -5,9 +5,11 @@ Invariant: what is printed of an error names options of the command line, not ar
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,27 +26,63 @@ _PHRASES = (
     (re.compile(r"open it with mode='a', or choose another place"), "choose another place"),
     (re.compile(r"check the permissions of the folder, or open with mode='r'"), "check the permissions of the folder"),
     (re.compile(r"pass single_writer=True"), "in Python pass single_writer=True"),
+    (re.compile(r"\bstore\.versions\(\) lists"), "trajstore versions lists"),
+    (re.compile(r"use view\.save\(\)"), "in Python use view.save()"),
+    (
+        re.compile(r"\ba picture of an empty view; choose a view with trajectories in it \(see view\.filter\)"),
+        "there are no trajectories to draw; choose another --where or --version",
+    ),
+    (
+        re.compile(r"\bthe view holds no trajectories\b(.*); choose a wider view"),
+        r"there are no trajectories\1; choose another --where or --version",
+    ),
+    (re.compile(r"\bseveral places take a part each"), "several stores take a part each: -o train=0.9 -o test=0.1"),
+    (re.compile(r"\bretain\(\) without"), "retain without"),
+    (re.compile(r"\b(delete|vacuum|relocate)\(\)"), r"trajstore \1"),
+    (re.compile(r"\bkind='frames' shows"), "trajstore plot URL frames shows"),
+    (re.compile(r"\bkind="), "KIND "),
+    (re.compile(r"\bgrace of (?=[\d.]+ days)"), "--grace of "),
+    (re.compile(r"\bgrace=0\b"), "--grace 0d"),
 )
 # Keywords of Python and their options. Those that are also words of English are keywords only with "=" behind them.
 _OPTIONS = {
     "allow_pickle": "--allow-pickle",
+    "allow_unpinned": "--allow-unpinned",
     "bases": "--base",
+    "by": "--by",
     "cache_bytes": "--cache-bytes",
     "codec": "--codec",
     "columns": "--column",
     "copy": "--copy",
     "device": "--device",
+    "exclusive": "--exclusive",
+    "first": "--first",
+    "frames": "--frames",
+    "grace": "--grace",
+    "keep_for": "--keep-for",
+    "keep_versions": "--keep-versions",
+    "last": "--last",
+    "max_bytes": "--max-bytes",
+    "max_steps": "--max-steps",
+    "move": "--move",
     "n_step": "--n-step",
     "order": "--order",
     "overwrite": "--overwrite",
     "pad": "--pad",
+    "path": "--out",
+    "rows": "--rows",
     "save_path": "--save-path",
+    "segment_bytes": "--segment-bytes",
+    "share": "--share",
+    "show": "--show",
     "source_path": "--source-path",
     "split_count": "--split-count",
     "storage_options": "--storage-option",
     "trajectory_format": "--format",
     "version": "--version",
+    "where": "--where",
     "window": "--window",
+    "x": "--x",
 }
 _NOT_BEFORE, _NOT_BEHIND = r"(?<![\w/'\".-])", r"(?![\w/'\"-])"
 _ASSIGNED = re.compile(rf"{_NOT_BEFORE}({'|'.join(_OPTIONS)})=(True\b)?(?=([^\s,;)])?)")
@@ -54,10 +92,37 @@ _BARE = re.compile(rf"{_NOT_BEFORE}({'|'.join(name for name in _OPTIONS if '_' i
 def run(command: Callable[[], None]) -> None:
     """Run a command; errors that trajstore raises on purpose are printed as one sentence, and end with status 1."""
     try:
-        command()
+        with _warnings_shown():
+            command()
     except (TrajstoreError, ImportError) as error:
         err.print(f"[bold red]error:[/bold red] {escape(for_commands(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:  # a picture's folder that is not there, a full disk
+        if error.strerror is None:
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        err.print(f"[bold red]error:[/bold red] {escape(place + error.strerror)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """What the library warns of is printed like errors."""
+    logger, handler = logging.getLogger("trajstore"), _Warnings(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Warnings(logging.Handler):
+    """Prints warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One of them."""
+        text = escape(for_commands(record.getMessage()))
+        err.print(f"[yellow]warning:[/yellow] {text}", highlight=False, soft_wrap=True)
 
 
 def for_commands(message: str) -> str:
@@ -67,11 +132,22 @@ def for_commands(message: str) -> str:
     "a.pkl is a pickle; pass --allow-pickle, or have it written with --format 'pt'"
     >>> for_commands("cache_bytes=1000 is below one batch; pass cache_bytes >= 8388608")
     '--cache-bytes 1000 is below one batch; pass --cache-bytes >= 8388608'
+    >>> for_commands("grace of 1 days, expected at least 7; pass exclusive=True")
+    '--grace of 1 days, expected at least 7; pass --exclusive'
     """
     for pattern, words in _PHRASES:
         message = pattern.sub(words, message)
     message = _ASSIGNED.sub(lambda found: _OPTIONS[found[1]] + " " * bool(found[3] and not found[2]), message)
     return _BARE.sub(lambda found: _OPTIONS[found[1]], message)
+
+
+def bold(text: str) -> str:
+    r"""Markup of a path or URL, which may have brackets.
+
+    >>> print(bold("runs/[a]"))
+    [bold]runs/\[a][/bold]
+    """
+    return f"[bold]{escape(text)}[/bold]"
 
 
 def quantity(n: int, noun: str) -> str:

@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from trajstore.console import quantity
+from trajstore.edit.health import Health
 from trajstore.feed.measure import Pace, SamplingMeasurement
 from trajstore.read.leases import CacheStats
 from trajstore.read.usage import StoreUsage
@@ -27,17 +29,24 @@ from trajstore.view import View
 
 _WIDEST_CELL = 28
 _BRIEF_ENTRIES = 2  # shown of a vector for whose entries there is no room
+_NAMED = 5  # tags or other stores
 
 
-def usage_json(store: Store, usage: StoreUsage) -> dict[str, Any]:
+def usage_json(store: Store, usage: StoreUsage, health: Health) -> dict[str, Any]:
     """``trajstore info --json``."""
     return {
         "url": store.url,
         "uuid": store.uuid,
         "version": usage.version,
+        "versions": health.versions,
+        "tags": {tag.name: tag.version for tag in health.tags},
+        "pins": [{"pin": pin.uuid, "version": pin.version, "borrower_url": pin.borrower_url} for pin in health.pins],
+        "refers_to": [dataclasses.asdict(other) for other in health.others],
         "trajectories": usage.trajectories,
         "steps": usage.steps,
         "segments": usage.segments,
+        "small_segments": health.small_segments,
+        "compacted_segments": health.compacted_segments,
         "manifests": usage.manifests,
         "manifest_bytes": usage.manifest_bytes,
         "segment_bytes": usage.segment_bytes,
@@ -56,10 +65,11 @@ def usage_json(store: Store, usage: StoreUsage) -> dict[str, Any]:
     }
 
 
-def print_info(console: Console, store: Store, usage: StoreUsage) -> None:
+def print_info(console: Console, store: Store, usage: StoreUsage, health: Health) -> None:
     """``trajstore info``."""
     mean = usage.steps / usage.trajectories if usage.trajectories else 0.0
-    console.print(f"[bold]{store.url}[/bold]  version {usage.version}", highlight=False)
+    console.print(f"[bold]{escape(store.url)}[/bold]  version {usage.version}", highlight=False)
+    print_standing(console, health)
     console.print(
         f"{quantity(usage.trajectories, 'trajectory')}, {quantity(usage.steps, 'step')} (mean {mean:,.1f})",
         highlight=False,
@@ -69,11 +79,41 @@ def print_info(console: Console, store: Store, usage: StoreUsage) -> None:
         f"{quantity(usage.manifests, 'manifest')} of {decimal(usage.manifest_bytes)}",
         highlight=False,
     )
+    if health.compacting_pays:
+        console.print(
+            f"{health.small_segments:,} of them are small and would fit into {health.compacted_segments:,}, which open and "
+            f"read faster: trajstore compact {escape(store.url)}",
+            highlight=False,
+        )
     if not usage.trajectories:
-        console.print("nothing is committed yet")
+        console.print("nothing is committed yet" if not usage.version else "this version holds no trajectories")
         return
     print_columns(console, store)
     print_usage(console, usage)
+
+
+def print_standing(console: Console, health: Health) -> None:
+    """Versions that can be opened, their names, and ties to other stores; only what there is."""
+    if health.versions:
+        told = f"{quantity(health.versions, 'version')} can be opened"
+        if health.tags:
+            told += f"; tags: {_few([f'{tag.name} ({tag.version})' for tag in health.tags])}"
+        console.print(escape(told), highlight=False)
+    unpinned = sum(not other.pinned for other in health.others)
+    if health.others:
+        places = _few([other.url for other in health.others])
+        console.print(
+            f"refers to segments of {quantity(len(health.others), 'other store')}: {escape(places)}", highlight=False
+        )
+    if unpinned:
+        console.print(
+            f"{unpinned:,} of them {'keeps' if unpinned == 1 else 'keep'} nothing for this store: a vacuum there may remove "
+            "what it needs",
+            highlight=False,
+        )
+    if health.pins:
+        places = _few(sorted({pin.borrower_url for pin in health.pins}))
+        console.print(f"keeps versions for stores that refer to it: {escape(places)}", highlight=False)
 
 
 def print_columns(console: Console, store: Store) -> None:
@@ -302,6 +342,12 @@ def _width(name: str, texts: Sequence[str]) -> int:
 def _print_left(console: Console, left: Sequence[str], how: str) -> None:
     if left:
         console.print(f"{quantity(len(left), 'more column')}: {', '.join(left)}; {how}", highlight=False)
+
+
+def _few(texts: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(texts) - _NAMED
+    return ", ".join(texts[:_NAMED]) + (f", and {more:,} more" if more > 0 else "")
 
 
 def _brief(entries: Sequence[Sequence[str]], most: int | None) -> list[str]:

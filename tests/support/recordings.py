@@ -21,7 +21,7 @@ import trajstore
 from tests.support.reference import VIRTUAL, Anchor, Recorded, Recording, reference_batch
 from tests.support.strategies import bits, columns, trajectory
 from trajstore import Column, Schema, View
-from trajstore.schema import nest
+from trajstore.names import nest
 
 METADATA = {
     "flagged": "bool",

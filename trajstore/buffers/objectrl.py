@@ -31,7 +31,7 @@ from trajstore.errors import (
     MissingObjectError,
     SelectionError,
 )
-from trajstore.schema import nest
+from trajstore.names import nest
 from trajstore.storage.single_file import read_file, replace_file
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from trajstore.errors import (
     SchemaError,
     UnknownColumnError,
 )
-from trajstore.schema import Column, Schema, flatten
+from trajstore.names import flatten
+from trajstore.schema import Column, Schema
 
 
 class RowFormat:

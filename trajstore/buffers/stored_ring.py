@@ -30,7 +30,8 @@ from trajstore.errors import (
     SelectionError,
     VersionExpiredError,
 )
-from trajstore.schema import Schema, flatten
+from trajstore.names import flatten
+from trajstore.schema import Schema
 from trajstore.stored import Array
 from trajstore.view import View
 

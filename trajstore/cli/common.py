@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import trajstore
 from trajstore.console import err
-from trajstore.read.bases import absolute
+from trajstore.read.bases import absolute_prefixes
 
 Url = Annotated[str, typer.Argument(help="Where the store is: a path, or s3://bucket/path.", metavar="URL")]
-Version = Annotated[Optional[int], typer.Option(help="Show this version instead of the latest.")]  # noqa: UP045
+Version = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads annotations at run time
+    typer.Option(help="Show this version, or tag, instead of the latest."),
+]
 Where = Annotated[
     Optional[str],  # noqa: UP045 - typer reads annotations at run time
     typer.Option(help="Only trajectories for which this holds, e.g. \"length > 100 and task == 'pick'\"."),
@@ -23,8 +29,8 @@ StorageOption = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
         "--storage-option",
-        help="KEY=VALUE for the storage client, VALUE as JSON or text; may be repeated. "
-        "For instance endpoint_url=http://127.0.0.1:9000.",
+        help="For the storage client, VALUE as JSON or text; may be repeated. For instance anon=true.",
+        metavar="KEY=VALUE",
     ),
 ]
 
@@ -42,7 +48,8 @@ Base = Annotated[
 def parse_bases(prefixes: list[str] | None, pairs: list[str] | None) -> dict[str, dict[str, Any] | None]:
     """Trusted prefixes with their storage options, which are those of the command for buckets; paths become absolute."""
     return {
-        prefix: parse_options(pairs) if "://" in prefix else None for prefix in absolute(dict.fromkeys(prefixes or []))
+        prefix: parse_options(pairs) if "://" in prefix else None
+        for prefix in absolute_prefixes(dict.fromkeys(prefixes or []))
     }
 
 
@@ -61,8 +68,33 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
         node = options
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise typer.BadParameter(f"{pair!r} puts something under {part!r}, which has a value already")
         node[leaf] = value
     return options
+
+
+def open_store(url: str, pairs: list[str] | None, prefixes: list[str] | None, **knobs: Any) -> trajstore.Store:
+    """``trajstore.open``, with the storage options and bases of the command line.
+
+    Args:
+        url: Where the store is.
+        pairs: Of ``--storage-option``. If the store is local, they are for the buckets that it refers to.
+        prefixes: Of ``--base``.
+        **knobs: Other arguments.
+    """
+    bases = parse_bases(prefixes, pairs)
+    for_bases = "://" not in url and any(options is not None for options in bases.values())
+    return trajstore.open(url, storage_options={} if for_bases else parse_options(pairs), bases=bases, **knobs)
+
+
+def parse_version(text: str | None) -> int | str | None:
+    """A version's number, or the name of a tag.
+
+    >>> parse_version("12"), parse_version("paper")
+    (12, 'paper')
+    """
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def parse_bytes(text: str) -> int:
@@ -78,8 +110,26 @@ def parse_bytes(text: str) -> int:
 
 
 def print_json(document: Any) -> None:
-    """Print a document; what JSON lacks becomes text."""
-    print(json.dumps(document, indent=2, default=str))
+    """Print a document; numbers that JSON lacks become null, other things text."""
+    print(json.dumps(_without_nan(document), indent=2, default=str))
+
+
+def _without_nan(value: Any) -> Any:
+    """The same without NaN and infinities, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def offer(*texts: str) -> Callable[[str], list[str]]:
+    """What the shell completes an argument to.
+
+    >>> offer("link", "copy", "reference")("l")
+    ['link']
+    """
+    return lambda incomplete: [text for text in texts if text.startswith(incomplete)]
 
 
 def progress_bar(unit: str) -> Progress:

@@ -16,39 +16,41 @@ from trajstore.cli.common import (
     Url,
     Version,
     Where,
-    parse_bases,
+    open_store,
     parse_bytes,
-    parse_options,
+    parse_version,
     print_json,
     progress_bar,
 )
 from trajstore.console import out
+from trajstore.edit.health import measure_health
 from trajstore.read.cache import DEFAULT_CACHE_BYTES
 
 
 def opened(
-    url: str, version: int | None, storage_option: list[str] | None, base: list[str] | None, **options: Any
+    url: str, version: str | None, storage_option: list[str] | None, base: list[str] | None, **options: Any
 ) -> trajstore.Store:
     """The store that a command looks into."""
-    return trajstore.open(
-        url,
-        version=version,
-        storage_options=parse_options(storage_option),
-        bases=parse_bases(base, storage_option),
-        **options,
-    )
+    return open_store(url, storage_option, base, version=parse_version(version), **options)
 
 
 def info(
     url: Url, version: Version = None, as_json: AsJson = False, storage_option: StorageOption = None, base: Base = None
 ) -> None:
-    """Say what a store holds: schema, trajectories, steps, and where the bytes are."""
+    """Say what a store holds: versions, schema, trajectories, steps, and where the bytes are.
+
+    Also which stores it refers to, which refer to it, and whether it has so many
+    small segments that compact would make it faster.
+
+    Example: trajstore info runs/demo
+    """
     with opened(url, version, storage_option, base) as store:
-        usage = store.usage()
+        usage, source = store.usage(), store.trajectories.source()
+        health = measure_health(source.filesystem, source.selection.table)
         if as_json:
-            print_json(report.usage_json(store, usage))
+            print_json(report.usage_json(store, usage, health))
         else:
-            report.print_info(out, store, usage)
+            report.print_info(out, store, usage, health)
 
 
 def ls(
@@ -66,7 +68,10 @@ def ls(
     storage_option: StorageOption = None,
     base: Base = None,
 ) -> None:
-    """List trajectories: one row each, newest last."""
+    """List trajectories: one row each, newest last.
+
+    Example: trajstore ls runs/demo --where "length > 100" -c length -c reward_sum
+    """
     with opened(url, version, storage_option, base) as store:
         view = store.trajectories.filter(where) if where else store.trajectories
         frame = view.last(limit).to_pandas()
@@ -100,7 +105,10 @@ def head(
     storage_option: StorageOption = None,
     base: Base = None,
 ) -> None:
-    """Show the first steps of a trajectory."""
+    """Show the first steps of a trajectory.
+
+    Example: trajstore head runs/demo --trajectory 3 -n 5
+    """
     with opened(url, version, storage_option, base) as store:
         view = store.trajectories
         chosen = view.first(1) if trajectory is None else view.filter("id == @wanted", wanted=trajectory)
@@ -170,7 +178,7 @@ def sample(
     what is sampled, or there was too little time: try a larger --cache-bytes,
     more --seconds, or fewer columns.
 
-    Example: trajstore sample runs/cartpole --window 16 --batch 256 -c obs -c action
+    Example: trajstore sample runs/cartpole --window 16 -c obs -c action
     """
     from trajstore.feed.measure import measure_sampling
 

@@ -27,7 +27,10 @@ def record(
     ] = None,
     storage_option: StorageOption = None,
 ) -> None:
-    """Play episodes with random actions and append them to a store. Ctrl-C keeps every finished episode."""
+    """Play episodes with random actions and append them to a store. Ctrl-C keeps every finished episode.
+
+    Example: trajstore record CartPole-v1 --episodes 100 --out runs/cartpole
+    """
     from trajstore.gym import record_episodes
 
     with trajstore.open(url, mode="a", codec=codec, storage_options=parse_options(storage_option)) as store:
@@ -68,7 +71,10 @@ def demo(
     seconds: Annotated[float, typer.Option(help="How long to train.", min=1.0)] = 15.0,
     seed: Annotated[int, typer.Option(help="Of environments, policy and sampling.")] = 0,
 ) -> None:
-    """Record real rollouts, reopen the store, sample windows, train a small policy on them. Under a minute."""
+    """Record real rollouts, reopen the store, sample windows, train a small policy on them. Under a minute.
+
+    Example: trajstore demo runs/demo
+    """
     from trajstore.demo import run_demo
 
     run_demo(url, seconds=seconds, seed=seed, console=out)

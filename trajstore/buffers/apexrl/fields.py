@@ -19,7 +19,8 @@ from trajstore.errors import (
     SelectionError,
     UnknownColumnError,
 )
-from trajstore.schema import Column, flatten, nest
+from trajstore.names import flatten, nest
+from trajstore.schema import Column
 
 # Of one step's value: (48,), 48 for short, or for dict observations a dict of them.
 Shapes: TypeAlias = "int | Iterable[int] | Mapping[str, Shapes]"

@@ -16,7 +16,7 @@ from trajstore.buffers.advantages import gae
 from trajstore.buffers.apexrl.episodes import append_episodes
 from trajstore.buffers.apexrl.fields import Devices, Field, Shapes, Values, mapped, settled, tensor_of
 from trajstore.errors import BufferFullError, EmptyBufferError, SchemaConflictError, SelectionError, UnknownColumnError
-from trajstore.schema import flatten
+from trajstore.names import flatten
 
 _Self = TypeVar("_Self", bound="RolloutBuffer")
 _NUMBERS = ("rewards", "dones", "values", "log_probs")

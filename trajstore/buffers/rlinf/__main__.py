@@ -10,7 +10,7 @@ from rich.table import Table
 from trajstore.buffers.rlinf import TrajectoryReplayBuffer
 from trajstore.cli.common import Base, StorageOption, parse_bases, parse_options
 from trajstore.console import out, run
-from trajstore.schema import flatten
+from trajstore.names import flatten
 
 
 def main(

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from trajstore.errors import ColumnNameError, ColumnShapeError, ColumnTypeError, CorruptionError, SelectionError
-from trajstore.schema import Column, Schema, canonical_dtype, nest
+from trajstore.names import nest
+from trajstore.schema import Column, Schema, canonical_dtype
 from trajstore.stored import Array
 
 EPOCH_FIELDS = ("terminations", "truncations", "dones")  # may have a first row per epoch that batches leave out

@@ -8,6 +8,7 @@ are then those of the store.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import shutil
 import tempfile
@@ -24,10 +25,12 @@ from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.columns import Rollout
 from trajstore.buffers.rlinf.index import RolloutIndex
-from trajstore.edit.combine import Share
+from trajstore.edit.borrow import Pins
+from trajstore.edit.combine import Share, combine
 from trajstore.errors import SelectionError, StoreExistsError
 from trajstore.read.bases import parent_of
 from trajstore.schema import Schema
+from trajstore.storage.connect import connect
 from trajstore.storage.workers import Workers
 from trajstore.store import Store
 from trajstore.stored import Array
@@ -292,7 +295,11 @@ class Holding:
             how = share or self._way_of_sharing(url)
             self.release()
             options = options_for(self.url, self.storage_options)
-            mine.save(self.url, share=how, replace=True, storage_options=options, progress=progress)
+            with contextlib.closing(connect(self.url, storage_options=options)) as target:
+                pins: Pins = "none" if self.is_temporary else "required"  # it goes with this process
+                combine(
+                    [mine.source()], target, share=how, instead=True, operation="save", pins=pins, progress=progress
+                )
             if how == "reference":
                 # What that store may refer to, this one now does: all that is beside it.
                 self.trusted[parent_of(url) or url] = options_for(url, self.storage_options)

@@ -19,7 +19,7 @@ from trajstore.buffers.rlinf.columns import Rollout
 from trajstore.buffers.rlinf.index import Entry
 from trajstore.buffers.rlinf.trajectory import shape_of
 from trajstore.errors import ColumnTypeError, LengthError, SelectionError
-from trajstore.schema import flatten, nest
+from trajstore.names import flatten, nest
 from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View

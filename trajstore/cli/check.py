@@ -1,0 +1,196 @@
+"""Commands that look at a store as a whole: its versions, its numbers, its health, its pictures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from trajstore import report_history as report
+from trajstore.cli.common import (
+    AsJson,
+    Base,
+    StorageOption,
+    Url,
+    Version,
+    Where,
+    offer,
+    parse_version,
+    print_json,
+)
+from trajstore.cli.edit import editable
+from trajstore.cli.look import opened
+from trajstore.console import bold, out
+
+KINDS = ("overview", "returns", "lengths", "trajectory", "frames")
+
+
+def versions(
+    url: Url,
+    limit: Annotated[int, typer.Option("--limit", "-n", help="At most so many, the newest.", min=1, metavar="N")] = 20,
+    as_json: AsJson = False,
+    storage_option: StorageOption = None,
+) -> None:
+    """List versions, newest first: when, by what operation, their tags, and what they hold.
+
+    Example: trajstore versions runs/demo -n 5
+    """
+    with opened(url, None, storage_option, None) as store:
+        frame = store.versions(limit)
+        if as_json:
+            print_json(report.frame_json(frame))
+        else:
+            report.print_versions(out, frame)
+
+
+def diff(
+    url: Url,
+    first: Annotated[str, typer.Argument(help="A version, or a tag.")],
+    second: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="Another. Default: the latest."),
+    ] = None,
+    as_json: AsJson = False,
+    storage_option: StorageOption = None,
+    base: Base = None,
+) -> None:
+    """Say what changed from one version to another: trajectories, columns, metadata fields.
+
+    Example: trajstore diff runs/demo paper
+    """
+    with opened(url, None, storage_option, base) as store:
+        earlier = parse_version(first)
+        assert earlier is not None
+        found = store.diff(earlier, parse_version(second))
+        if as_json:
+            print_json(report.diff_json(found))
+        else:
+            report.print_diff(out, found)
+
+
+def verify(
+    url: Url,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read every page and hold it against its checksum.")
+    ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Make a version without the trajectories that cannot be read; nothing is removed."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    storage_option: StorageOption = None,
+    base: Base = None,
+) -> None:
+    """Check a store from its versions down to its segments. Nothing is changed, unless --repair is given.
+
+    Ends with status 0 if there are no errors, whatever the warnings and notes,
+    and with 1 if there are some. After --repair, what is left decides.
+
+    Example: trajstore verify runs/demo --deep
+    """
+    with editable(url, storage_option, base) if repair else opened(url, None, storage_option, base) as store:
+        found = store.verify(deep=deep)
+        made = store.repair(found) if repair and not found.ok else None
+        left = found if made is None else store.verify()
+        if as_json:
+            repaired = (
+                None if made is None else {"version": made, "ok": left.ok, "findings": left.to_json()["findings"]}
+            )
+            print_json({**found.to_json(), "repaired": repaired})
+        else:
+            report.print_verified(out, found)
+            if made is not None:
+                told = "no errors are left" if left.ok else "errors are left; verify it again"
+                out.print(f"version {made} holds what can be read: {told}", highlight=False)
+            elif repair and not found.ok:
+                out.print("no new version would make it better: see above what to do", highlight=False)
+    if left.exit_code:
+        raise typer.Exit(left.exit_code)
+
+
+def stats(
+    url: Url,
+    columns: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--column", "-c", help="A column; may be repeated. Default: all numbers of fixed size."),
+    ] = None,
+    where: Where = None,
+    version: Version = None,
+    as_json: AsJson = False,
+    storage_option: StorageOption = None,
+    base: Base = None,
+) -> None:
+    """Mean, standard deviation, minimum, maximum and quantiles of each column.
+
+    Example: trajstore stats runs/demo -c obs -c reward
+    """
+    with opened(url, version, storage_option, base) as store:
+        view = store.trajectories.filter(where) if where else store.trajectories
+        found = view.statistics(columns)
+        if as_json:
+            print_json(found.to_json())
+        else:
+            report.print_statistics(out, found)
+
+
+def plot(
+    url: Url,
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="overview, returns, lengths, trajectory or frames.", autocompletion=offer(*KINDS), metavar="KIND"
+        ),
+    ] = "overview",
+    path: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--out", "-o", help="A .png, .pdf or .svg to write. Default: KIND.png, unless there is --show."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Open a window.")] = False,
+    trajectory: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option("--trajectory", "-t", help="Number of a trajectory (see ls), for trajectory and frames."),
+    ] = None,
+    columns: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--column", "-c", help="A column to draw, for trajectory and frames; may be repeated."),
+    ] = None,
+    by: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A metadata field that gives colours, for overview, returns and lengths."),
+    ] = None,
+    x: Annotated[
+        str,
+        typer.Option(
+            help="What returns are drawn over: id, created_at or steps.",
+            autocompletion=offer("id", "created_at", "steps"),
+        ),
+    ] = "id",
+    rows: Annotated[int, typer.Option(help="Trajectories, for frames.", min=1, metavar="N")] = 3,
+    frames: Annotated[int, typer.Option(help="Frames of each.", min=1, metavar="N")] = 8,
+    where: Where = None,
+    version: Version = None,
+    storage_option: StorageOption = None,
+    base: Base = None,
+) -> None:
+    """Draw a store: returns over time, lengths, one trajectory's steps, or frames of its images.
+
+    Example: trajstore plot runs/demo frames -o frames.png
+    """
+    target = path if path is not None or show else f"{kind}.png"
+    with opened(url, version, storage_option, base) as store:
+        view = store.trajectories.filter(where) if where else store.trajectories
+        view.plot(
+            kind,  # type: ignore[arg-type]
+            by=by,
+            x=x,  # type: ignore[arg-type]
+            trajectory=trajectory or None,
+            columns=columns or None,
+            rows=rows,
+            frames=frames,
+            path=target,
+            show=show,
+        )
+    if target is not None:
+        out.print(f"drawn to {bold(target)}", highlight=False)

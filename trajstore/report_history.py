@@ -1,0 +1,204 @@
+"""What a person sees in a terminal of a store's versions, edits and health.
+
+Invariant: what is printed is what the library returned, nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from trajstore.console import bold, for_commands, quantity
+from trajstore.edit.findings import Report
+from trajstore.edit.vacuum import Vacuumed
+from trajstore.edit.versions import Diff
+from trajstore.format.statistics import Statistics
+from trajstore.stored import Array
+
+_SHOWN_FINDINGS = 50
+_SHOWN_IDS = 10
+_COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
+_BYTES = frozenset({"stored"})
+_TEXTS = frozenset({"tags", "borrower_url"})  # long ones are folded
+_FOLDED = 16
+
+
+def frame_json(frame: pd.DataFrame) -> Any:
+    """A DataFrame as records, its index included."""
+    return json.loads(frame.reset_index().to_json(orient="records", date_format="iso"))
+
+
+def print_versions(console: Console, frame: pd.DataFrame) -> None:
+    """``trajstore versions``."""
+    shown = frame.rename(columns={"created_at": "when (UTC)", "stored_bytes": "stored"})
+    print_frame(console, shown, empty="nothing is committed yet", least=("manifests", "stored", "steps"))
+
+
+def print_statistics(console: Console, found: Statistics) -> None:
+    """``trajstore stats``."""
+    frame = found.to_pandas()
+    if not frame["nan_count"].any():
+        frame = frame.drop(columns="nan_count")
+    quantiles = [name for name in map(str, frame.columns) if name.startswith("q")]
+    least = ("count", *quantiles[:1], *quantiles[-1:], *quantiles[1:-1])
+    print_frame(console, frame, empty="no columns of numbers", least=least)
+    told = f"{quantity(found.trajectories, 'trajectory')}, {quantity(found.steps, 'step')}, version {found.version}"
+    console.print(told, highlight=False)
+
+
+def print_frame(console: Console, frame: pd.DataFrame, *, empty: str, least: Sequence[str] = ()) -> None:
+    """A DataFrame as a table, its index first; columns in which nothing stands are left out.
+
+    Args:
+        console: Where to print.
+        frame: What to print.
+        empty: To say instead if it has no rows.
+        least: Columns that give way if there is no room, the first first; they are named below.
+    """
+    if not len(frame):
+        console.print(empty, highlight=False)
+        return
+    whole = frame.reset_index()
+    cells = {name: [_cell(name, value) for value in whole[name]] for name in map(str, whole.columns)}
+    cells = {name: texts for name, texts in cells.items() if any(texts)}
+    widths = {name: max(len(name), *(_least_width(name, text) for text in texts)) for name, texts in cells.items()}
+    left = []
+    for name in (name for name in least if name in cells):
+        if sum(widths.values()) + 2 * len(widths) - 2 <= console.width:
+            break
+        left.append(name)
+        del widths[name]
+    # Lines between columns, if there is room for them.
+    roomy = sum(widths.values()) + 3 * len(widths) + 1 <= console.width
+    table = Table() if roomy else Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in widths:
+        is_number = name != whole.columns[0] and not any(_is_text(value) for value in whole[name])
+        is_number |= pd.api.types.is_numeric_dtype(whole[name])
+        table.add_column(
+            name.replace("_", " "),
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=name not in _TEXTS,
+        )
+    for texts in zip(*(cells[name] for name in widths), strict=True):
+        table.add_row(*map(escape, texts))
+    console.print(table)
+    if left:
+        console.print(f"{quantity(len(left), 'more column')}: {', '.join(left)}; --json shows all", highlight=False)
+
+
+def diff_json(found: Diff) -> dict[str, Any]:
+    """``trajstore diff --json``."""
+    fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return {name: values if isinstance(values, list) else [*values] for name, values in _plain(fields).items()}
+
+
+def print_diff(console: Console, found: Diff) -> None:
+    """``trajstore diff``."""
+    if not found:
+        console.print("no difference: the same trajectories, columns and metadata fields")
+        return
+    table = Table("", "added", "removed")
+    table.add_row("trajectories", _ids(found.added), _ids(found.removed))
+    for what, added, removed in (
+        ("columns", found.added_columns, found.removed_columns),
+        ("metadata fields", found.added_fields, found.removed_fields),
+    ):
+        if added or removed:
+            table.add_row(what, escape(", ".join(added)), escape(", ".join(removed)))
+    console.print(table)
+
+
+def vacuumed_json(done: Vacuumed) -> dict[str, Any]:
+    """``trajstore vacuum --json``."""
+    return {**dataclasses.asdict(done), "objects": done.objects, "nbytes": done.nbytes}
+
+
+def print_vacuumed(console: Console, done: Vacuumed, *, url: str) -> None:
+    """``trajstore vacuum``."""
+    if not done.versions and not done.objects:
+        console.print(f"nothing to give back in {bold(url)}", highlight=False)
+        _print_kept(console, done, url=url)
+        return
+    would = "would go" if done.dry_run else "went"
+    table = Table("what " + would, "number", "bytes")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    table.add_row("versions", f"{len(done.versions):,}", "")
+    for name, amount in (("manifests", done.manifests), ("objects of segments", done.segments), ("other", done.other)):
+        table.add_row(name, f"{amount.objects:,}", decimal(amount.nbytes))
+    console.print(table)
+    _print_kept(console, done, url=url)
+    if done.dry_run:
+        console.print("this was a dry run, nothing was changed; --really does it", highlight=False)
+
+
+def _print_kept(console: Console, done: Vacuumed, *, url: str) -> None:
+    console.print(
+        f"{quantity(done.kept_versions, 'version')} of {bold(url)} {'stays' if done.kept_versions == 1 else 'stay'}",
+        highlight=False,
+    )
+    if done.young.objects:
+        console.print(
+            f"{quantity(done.young.objects, 'object')} of {decimal(done.young.nbytes)} that no version needs may go when "
+            "older than the grace",
+            highlight=False,
+        )
+
+
+def print_verified(console: Console, found: Report) -> None:
+    """``trajstore verify``."""
+    shown = found.findings[:_SHOWN_FINDINGS]
+    if shown:
+        table = Table("", "where", "what", show_lines=True)
+        for one in shown:
+            colour = _COLOURS[one.severity]
+            kind = f"[{colour}]{one.severity}[/{colour}]\n{one.kind}"
+            table.add_row(kind, escape(one.where), escape(for_commands(one.message)))
+        for column in table.columns:
+            column.overflow = "fold"
+        console.print(table)
+    if len(found.findings) > len(shown):
+        console.print(
+            f"{quantity(len(found.findings) - len(shown), 'more finding')}; --json shows all", highlight=False
+        )
+    console.print(escape(found.lines()[-1]), highlight=False)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None or value is pd.NaT or (isinstance(value, float) and pd.isna(value)):
+        return ""
+    if name in _BYTES:
+        return decimal(int(value))
+    if isinstance(value, pd.Timestamp):
+        return value.strftime("%Y-%m-%d %H:%M")
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str):
+        return value
+    return f"{value:,}"
+
+
+def _least_width(name: str, text: str) -> int:
+    return min(max(map(len, text.split()), default=0), _FOLDED) if name in _TEXTS else len(text)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | pd.Timestamp)
+
+
+def _ids(ids: Array) -> str:
+    few = ", ".join(str(number) for number in ids[:_SHOWN_IDS].tolist())
+    return f"{len(ids):,}" + (f": {few}{', ...' if len(ids) > _SHOWN_IDS else ''}" if len(ids) else "")
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Sequence[Any]]:
+    return {name: values.tolist() if hasattr(values, "tolist") else values for name, values in fields.items()}
