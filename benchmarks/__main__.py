@@ -16,6 +16,7 @@ from benchmarks import harness
 BENCHMARKS = {
     "buffers": "the calls of RLinf, ObjectRL and ApexRL against what those projects do",
     "codecs": "which codec and page size suit frames, floats and small integers; Arrow record batches",
+    "editing": "merge, split, compact and drop against pyarrow, files of RLinf's kind and Minari",
     "priority": "prioritized replay: the sum tree against cpprb and TorchRL",
     "sampling": "windows and transitions, hot and cold, local and S3, against memcpy, TorchRL, cpprb and bare reads",
     "store": "append, flush, read, open and commit against memcpy, write + fsync, pyarrow and zarr-python",

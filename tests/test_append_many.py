@@ -25,7 +25,7 @@ from trajstore.errors import (
     TrajstoreError,
     UnknownColumnError,
 )
-from trajstore.schema import nest
+from trajstore.names import nest
 
 RELAXED = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -195,7 +195,7 @@ def test_memory_that_runs_out_in_the_middle_leaves_all_or_none(monkeypatch):
     with trajstore.open(fresh_url(), "a", schema=SCHEMA) as store:
         store.append_many(GOOD, [2, 3], k=0)
         monkeypatch.setattr(pa, "concat_arrays", _out_of_memory)
-        builder = next(iter(store._writer._open.shared.values()))
+        builder = next(iter(store._writer._backlog.open.shared.values()))
         monkeypatch.setattr(builder, "end_trajectory", _out_of_memory)
         with pytest.raises(MemoryError):
             store.append_many(GOOD, [1, 4], k=1)

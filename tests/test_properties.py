@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 import trajstore
 from tests.support.strategies import bits, columns, trajectory
-from trajstore.schema import nest
+from trajstore.names import nest
 
 RELAXED = settings(deadline=None, suppress_health_check=list(HealthCheck))
 

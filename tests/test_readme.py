@@ -1,5 +1,6 @@
 """What the README and the pages in docs/ show runs as it stands."""
 
+import json
 import re
 import subprocess
 import sys
@@ -15,21 +16,47 @@ SECTIONS = {part.splitlines()[0]: BLOCK.findall(part) for part in README.split("
 
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
+# Of these pages, what stands in bash runs too, in turn with the rest.
+WITH_COMMANDS = {"editing.md"}
+COMMANDS = """
+import json, shlex, subprocess, sys
+from tests.support.commands import done
+
+page = {"__name__": "__main__"}
+for kind, text in json.loads(sys.argv[1]):
+    if kind == "python":
+        exec(text, page)
+        continue
+    for words in (shlex.split(line, comments=True) for line in text.splitlines()):
+        if words[:1] == ["trajstore"]:
+            done(*words[1:])
+        else:
+            subprocess.run(words, check=True)
+"""
+
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_examples_run(section, tmp_path):
     run("\n".join(SECTIONS[section]), tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sorted({*PAGES} - WITH_COMMANDS))
 def test_examples_of_a_page_run(page, tmp_path):
     found = BLOCK.findall((ROOT / "docs" / page).read_text())
     assert found
     run("\n".join(found), tmp_path)  # the blocks of a page run one after the other
 
 
-def run(code, folder):
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, check=True, timeout=120)
+@pytest.mark.parametrize("page", sorted(WITH_COMMANDS))
+def test_examples_and_commands_of_a_page_run(page, tmp_path, monkeypatch):
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert {kind for kind, _ in blocks} == {"python", "bash"}
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run(COMMANDS, tmp_path, json.dumps(blocks))
+
+
+def run(code, folder, *arguments):
+    subprocess.run([sys.executable, "-W", "error", "-c", code, *arguments], cwd=folder, check=True, timeout=120)
 
 
 def test_every_command_is_one_that_the_command_line_has():

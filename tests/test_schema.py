@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 
 from tests.support.strategies import columns, paths
 from trajstore import Column, Schema, errors
-from trajstore.schema import (
-    METADATA_TYPES,
-    NUMERIC_DTYPES,
-    RESERVED_METADATA,
-    canonical_dtype,
-    check_column_path,
-    flatten,
-    nest,
-    physical_dtype,
-)
+from trajstore.names import RESERVED_METADATA, check_column_path, flatten, nest
+from trajstore.schema import METADATA_TYPES, NUMERIC_DTYPES, canonical_dtype, physical_dtype
 
 names = st.text(string.ascii_letters + string.digits + "_-. ü日", min_size=1, max_size=4)
 trees = st.recursive(

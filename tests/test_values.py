@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from tests.support.strategies import NUMERIC, VARIABLE, bits, columns, numbers, rows
 from trajstore import Column, LengthError, Schema, errors
-from trajstore.schema import flatten
+from trajstore.names import flatten
 from trajstore.stored import exact_cast, from_physical, to_user
 from trajstore.values import check_rows, check_trajectory, infer_columns, rows_of
 
