@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import itertools
-import threading
 import uuid
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import trajstore
@@ -32,7 +30,6 @@ from trajstore.edit.marks import farewells, held, pin, tag
 from trajstore.edit.vacuum import Keep, vacuum
 from trajstore.errors import (
     CommitError,
-    TrajstoreError,
     VersionExpiredError,
 )
 from trajstore.format import layout
