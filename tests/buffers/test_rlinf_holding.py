@@ -237,6 +237,7 @@ class TestTitles:
             assert capsys.readouterr().err.startswith(title + " ")
             buffer.save_checkpoint(f"memory://{uuid.uuid4().hex}/c", share=share, progress=True)
             assert capsys.readouterr().err.startswith("copying ")
+        with TrajectoryReplayBuffer() as buffer:
             buffer.load_checkpoint(tmp_path / "c", progress=True)
             assert capsys.readouterr().err.startswith("linking, or copying between disks ")
 
