@@ -2,7 +2,7 @@
 
 Invariant: what is brought never takes the name of an object that a vacuum of the target may have found to be waste. Where
 the version that the commit lands on names the same segment for a trajectory, nothing is brought. In a store without a
-version, which no vacuum touches, a segment keeps its name; else it gets one that nobody has used, which begins like the
+version, which no vacuum touches, a segment keeps its name; else it gets one that nobody has used, and that begins like the
 former one, so that it is known again. No byte of a segment says its name.
 """
 
