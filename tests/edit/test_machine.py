@@ -489,7 +489,7 @@ class Stores(World):
 
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
-Stores.TestCase.settings = settings(stateful_step_count=20, max_examples=25, **RELAXED)
+Stores.TestCase.settings = settings(stateful_step_count=20, max_examples=12, **RELAXED)
 TestStores = Stores.TestCase
 
 
