@@ -53,10 +53,15 @@ def _deleting(*, reclaim: bool) -> Callable[[str, Filesystem], object]:
     return delete
 
 
+def _derive(disk: Filesystem, name: str, factor: int) -> None:
+    """Commit after every segment, in this call only: the parent does the same ``again``."""
+    with pytest.MonkeyPatch.context() as patch, open_on(disk, "a") as store:
+        patch.setattr(columns, "COMMIT_INTERVAL_S", 0.0)
+        store.add_column(name, lambda t: t["reward"] * factor, columns=["reward"], threads=1)
+
+
 def _deriving(_: str, disk: Filesystem) -> None:
-    columns.COMMIT_INTERVAL_S = 0.0  # after every segment
-    with open_on(disk, "a") as store:
-        store.add_column("double", lambda t: t["reward"] * 2, columns=["reward"], threads=1)
+    _derive(disk, "double", 2)
 
 
 def _compact(source: str, disk: Filesystem) -> None:
@@ -97,9 +102,7 @@ def _family_vacuum_beside(_: str, disk: Filesystem) -> None:
 
 
 def _family_derive(_: str, disk: Filesystem) -> None:
-    columns.COMMIT_INTERVAL_S = 0.0
-    with open_on(_member(disk, "owner"), "a") as store:
-        store.add_column("value", lambda t: t["reward"] * 3, columns=["reward"], threads=1)
+    _derive(_member(disk, "owner"), "value", 3)
 
 
 def _family_merge(_: str, disk: Filesystem) -> None:
