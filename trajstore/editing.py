@@ -6,6 +6,7 @@ Invariant: nothing that a version holds is changed; an edit is a new version, an
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
 import logging
@@ -27,14 +28,15 @@ from trajstore.edit.marks import (
     check_there,
     find_tag,
     held,
-    release_pins,
     tag,
     unpin,
     untag,
 )
+from trajstore.edit.release import Borrower, release_pins
 from trajstore.edit.relocate import relocation
 from trajstore.edit.repair import repair
 from trajstore.edit.retain import kept_positions
+from trajstore.edit.turns import Turns
 from trajstore.edit.vacuum import LATEST_ONLY, Keep, Vacuumed, parse_duration, vacuum
 from trajstore.edit.verify import verify
 from trajstore.edit.versions import Diff, Restore, compare
@@ -60,6 +62,7 @@ class Edited:
     _history: History
     _access: StoreAccess
     _workers: Workers
+    _turns: Turns
     uuid: str
 
     @property
@@ -215,8 +218,9 @@ class Edited:
         """
         writer = self._writing()
         old = self._version(version)
-        with held(self._filesystem, self._history, old):
-            return writer.commit(Restore(old.snapshot)).number
+        began = self._history.moment()
+        with self._turns.storing("restore()"), held(self._filesystem, self._history, old):
+            return writer.commit(Restore(old.snapshot), since=began).number
 
     # What is kept
 
@@ -233,6 +237,8 @@ class Edited:
 
         Raises:
             IndexRangeError: A trajectory that the latest version does not hold.
+            EditUnderWayError: With ``reclaim``, while another thread compacts, repairs, restores or computes a column;
+                nothing is deleted.
 
         Examples:
             >>> import numpy as np, trajstore
@@ -247,9 +253,10 @@ class Edited:
         chosen = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
         if chosen.size and chosen.dtype.kind not in "iu":
             raise SelectionError(f"ids of dtype {chosen.dtype}, expected integers")
-        version = self._writing().commit(Delete(np.unique(chosen.astype(np.int64))))
-        if reclaim:
-            self._vacuum(LATEST_ONLY, exclusive=True, progress=False)
+        with self._turns.removing("delete(reclaim=True)") if reclaim else contextlib.nullcontext():
+            version = self._writing().commit(Delete(np.unique(chosen.astype(np.int64))))
+            if reclaim:
+                self._vacuum(LATEST_ONLY, exclusive=True, progress=False)
         return version.number
 
     def retain(
@@ -319,15 +326,18 @@ class Edited:
             keep_versions: The latest so many stay, and those that are tagged or that other stores refer to.
             keep_for: Those younger than this stay.
             dry_run: Only say what would go.
-            exclusive: No other process has the store open for writing: needed for a grace below 7 days.
+            exclusive: No other process and no other handle has the store open for writing: needed for a grace below 7 days.
             progress: Show a bar on standard error; by default in a terminal, if there is much to remove.
 
         Raises:
             SelectionError: A time that cannot be understood, or a short grace without ``exclusive``.
+            EditUnderWayError: With ``exclusive``, while another thread compacts, repairs, restores or computes a column.
         """
-        self._writing().flush()
         keep = Keep(versions=keep_versions, age=parse_duration(keep_for), grace=parse_duration(grace))
-        return self._vacuum(keep, dry_run=dry_run, exclusive=exclusive, progress=progress)
+        alone = exclusive and not dry_run
+        with self._turns.removing("vacuum(exclusive=True)") if alone else contextlib.nullcontext():
+            self._writing().flush()
+            return self._vacuum(keep, dry_run=dry_run, exclusive=exclusive, progress=progress)
 
     def _vacuum(
         self, keep: Keep, *, dry_run: bool = False, exclusive: bool = False, progress: bool | None = None
@@ -346,11 +356,12 @@ class Edited:
             )
         self.refresh()
         if not dry_run:
-            released = release_pins(done.unused_bases, self._access.bases.open)
-            for base, why in released.unreachable:
-                _log.warning(
-                    "the pin %s of this store in %s stays, which could not be reached: %s", base.pin, base.url, why
-                )
+            borrower = Borrower(self.url, self.uuid, self._access.bases.open)
+            now = (
+                dt.datetime.now(dt.UTC) if keep.grace else None
+            )  # who reclaims every few seconds need not look each time
+            for place, why in release_pins(borrower, done.unused_bases, done.used_bases, now=now).kept:
+                _log.warning("a pin of %s in %s is no longer needed, and stays: %s", self.url, place, why)
         return done
 
     # How it is laid out
@@ -402,19 +413,20 @@ class Edited:
         """
         writer = self._writing()
         writer.flush()
-        writer.head = add_derived(
-            self._access,
-            self._history,
-            self._history.latest(writer.head.number),
-            name,
-            function,
-            columns=columns,
-            replace=replace,
-            threads=threads,
-            preset=writer.options.codec,
-            workers=self._workers,
-            progress=progress,
-        )
+        with self._turns.storing("add_column()"):
+            writer.head = add_derived(
+                self._access,
+                self._history,
+                self._history.latest(writer.head.number),
+                name,
+                function,
+                columns=columns,
+                replace=replace,
+                threads=threads,
+                preset=writer.options.codec,
+                workers=self._workers,
+                progress=progress,
+            )
         return writer.head.number
 
     def compact(self, *, segment_bytes: int = DEFAULT_SEGMENT_BYTES, progress: bool | None = None) -> Compacted:
@@ -428,15 +440,16 @@ class Edited:
         """
         writer = self._writing()
         writer.flush()
-        done = compact(
-            self._filesystem,
-            self._history,
-            self._history.latest(writer.head.number),
-            self._workers,
-            segment_bytes=segment_bytes,
-            preset=writer.options.codec,
-            progress=progress,
-        )
+        with self._turns.storing("compact()"):
+            done = compact(
+                self._filesystem,
+                self._history,
+                self._history.latest(writer.head.number),
+                self._workers,
+                segment_bytes=segment_bytes,
+                preset=writer.options.codec,
+                progress=progress,
+            )
         self.refresh()
         return done
 
@@ -469,7 +482,7 @@ class Edited:
             progress: Show a bar on standard error; by default in a terminal, if there is much to read.
         """
         self._check_open()
-        return verify(self._filesystem, self._history, self._access, deep=deep, progress=progress)
+        return verify(self._filesystem, self._access, deep=deep, progress=progress)
 
     def repair(self, report: Report) -> int | None:
         """Make a version without the trajectories that ``verify`` found to be lost, and without damaged derived columns.
@@ -482,7 +495,8 @@ class Edited:
         """
         writer = self._writing()
         writer.flush()
-        version = repair(self._filesystem, self._history, self._current(), report)
+        with self._turns.storing("repair()"):
+            version = repair(self._filesystem, self._history, self._current(), report)
         self.refresh()
         return None if version is None else version.number
 

@@ -34,6 +34,7 @@
     │   ├── CommitOutcomeUnknownError         the storage never said whether it landed
     │   ├── CommitTooOldError                 its objects are so old that a vacuum may have removed them
     │   └── ManifestsChangedError             an edit was made from a version that others have rewritten since
+    ├── EditUnderWayError (RuntimeError)      bytes cannot be reclaimed while an edit is under way in another thread
     ├── ReadOnlyError (PermissionError)
     ├── ClosedError (ValueError)
     ├── ForkedError (RuntimeError)            a handle used in a forked child
@@ -184,6 +185,10 @@ class CommitTooOldError(CommitError):
 
 class ManifestsChangedError(CommitError):
     """An edit was made from a version whose manifests others have rewritten since."""
+
+
+class EditUnderWayError(TrajstoreError, RuntimeError):
+    """Bytes cannot be reclaimed while an edit is under way in another thread of the same handle."""
 
 
 class ReadOnlyError(TrajstoreError, PermissionError):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trajstore.edit.turns import Turns
 from trajstore.editing import Edited
 from trajstore.errors import (
     ClosedError,
@@ -72,6 +73,7 @@ class Store(Edited):
         self._mode = mode
         self._workers = workers
         self._access = access
+        self._turns = Turns()
         self._table: TrajectoryTable | None = None
         self._live: LiveTrajectories | None = None
         self._closed = False

@@ -19,7 +19,7 @@ import trajstore
 from tests.edit.machine import HANDLES, MOST_ROWS, World
 from tests.edit.model import DERIVED, Aged, Model, Row, Version, derive, taken, with_lineage
 from tests.edit.stores import SCHEMA, append, length_of, metadata_of, numbered
-from trajstore.edit.marks import release_pins
+from trajstore.edit.release import Borrower, release_pins
 from trajstore.edit.vacuum import Keep, vacuum
 from trajstore.errors import CommitError, IndexRangeError, SelectionError, VersionExpiredError, VersionNotFoundError
 from trajstore.names import flatten, nest
@@ -196,7 +196,8 @@ class Stores(World):
         with contextlib.closing(disk):
             done = vacuum(disk, History(disk), Keep(keep, dt.timedelta(0), GRACE), dry_run=False)
             assert list(done.versions) == sorted(set(store.versions) - kept - {0})
-            release_pins(done.unused_bases, self.handles[store.name][0]._access.bases.open)
+            borrower = Borrower(store.folder, store.uuid, self.handles[store.name][0]._access.bases.open)
+            release_pins(borrower, done.unused_bases, done.used_bases, now=dt.datetime.now(dt.UTC))
             if History(disk).latest(0).number > store.latest:
                 store.commit(store.now.rows)
                 kept.add(store.latest)

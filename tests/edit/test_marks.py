@@ -62,7 +62,7 @@ def test_a_tag_is_given_once_and_moved_only_when_asked(store):
         tag(disk, history, "best", versions[2])
     assert tag(disk, history, "best", versions[2], move=True).version == 3
     assert find_tag(disk, "best").version == 3
-    assert not all_pins(disk)
+    assert not list(disk.list_objects(layout.PINS))
 
 
 @pytest.mark.parametrize("name", ["", "12", ".x", "-x", "a/b", "a b", "x" * 201, "ä", "x\n", None, 7, "٣x"])
@@ -95,7 +95,7 @@ def test_the_empty_version_cannot_be_tagged_and_needs_no_hold(store):
     with pytest.raises(VersionNotFoundError, match="append something first"):
         tag(disk, history, "nothing", EMPTY_VERSION)
     with held(disk, history, EMPTY_VERSION):
-        assert not all_pins(disk)
+        assert not list(disk.list_objects(layout.PINS))
 
 
 def test_pins_hold_versions_for_others(store):
@@ -105,6 +105,7 @@ def test_pins_hold_versions_for_others(store):
     check_there(disk, made.uuid)
     with held(disk, history, versions[0]):
         assert marked_versions(disk) == {1, 2}
+        assert all_pins(disk) == [made], "a hold is no pin of another store"
     with pytest.raises(ZeroDivisionError), held(disk, history, versions[0]):
         _ = 1 / 0
     assert marked_versions(disk) == {2}

@@ -22,11 +22,10 @@ from tests.edit.histories import (
     stored,
 )
 from tests.edit.memory import MemoryDisk
-from trajstore.edit.marks import held, pin, release_pins, tag, unpin, untag
+from trajstore.edit.marks import held, pin, tag, unpin, untag
 from trajstore.edit.vacuum import KEPT_VERSIONS, Keep, parse_duration, vacuum
 from trajstore.errors import (
     SelectionError,
-    StoragePermissionError,
     UnsupportedStorageError,
     VersionExpiredError,
     VersionNotFoundError,
@@ -258,22 +257,18 @@ def test_a_tag_of_a_version_that_is_gone_is_refused_and_leaves_nothing():
     assert b'"version":3' in disk.objects[layout.tag_key("kept")][0]
 
 
-def test_pins_in_other_stores_are_released_and_what_cannot_be_is_told():
-    disk, clock, head = old_store(1)
+def test_a_hold_of_an_edit_that_was_killed_goes_with_the_first_vacuum_after_the_grace():
+    disk, clock, _ = old_store(4)
+    disk.clock = clock
     history = history_on(disk, clock)
-    made = pin(disk, history, head, borrower_uuid="b" * 32, borrower_url="/other")
-    here, gone = Base("../a", "1" * 32, made.uuid), Base("../b", "2" * 32, "d" * 32)
-
-    def open_base(base):
-        if base is gone:
-            raise StoragePermissionError("no access")
-        return disk
-
-    done = release_pins([here, gone, Base("../c", "3" * 32)], open_base)
-    assert done.released == (here,)
-    assert done.unreachable == ((gone, "no access"),)
+    hold = held(disk, history, history.load(2))
+    hold.__enter__()  # and is never left
+    assert 2 not in run(disk, clock).versions, "whoever holds it may be at work"
+    assert [key for key in disk.objects if key.startswith("pins/")]
+    clock.wait(days=8)
+    assert 2 not in run(disk, clock).versions
     assert not [key for key in disk.objects if key.startswith("pins/")]
-    assert release_pins([here], open_base).released == ()
+    assert 2 in run(disk, clock).versions
 
 
 # Any history

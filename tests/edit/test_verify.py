@@ -45,7 +45,7 @@ LATER = dt.timedelta(days=1) + GRACE
 def looked_at(url: Any, *, deep: bool = False, now: dt.datetime | None = None, **options: Any) -> Report:
     """What ``verify`` finds in a store that is opened anew."""
     with trajstore.open(url, **options) as store:
-        return verify(store._filesystem, store._history, store._access, deep=deep, now=now)
+        return verify(store._filesystem, store._access, deep=deep, now=now)
 
 
 def facts(report: Report) -> list[tuple[str, str, str]]:
@@ -244,10 +244,10 @@ def test_a_flipped_byte(copy, name):
 def test_the_store_document_while_the_store_is_open(copy):
     with trajstore.open(copy) as store:
         flip(copy / layout.STORE_DOCUMENT, 30)
-        report = verify(store._filesystem, store._history, store._access)
+        report = verify(store._filesystem, store._access)
         assert facts(report) == [("error", "store-document", layout.STORE_DOCUMENT)]
         (copy / layout.STORE_DOCUMENT).unlink()
-        report = verify(store._filesystem, store._history, store._access)
+        report = verify(store._filesystem, store._access)
         assert facts(report) == [("error", "store-document", layout.STORE_DOCUMENT)]
 
 
@@ -670,5 +670,5 @@ def test_vacuum_at_the_same_time_is_no_damage(copy, monkeypatch):
             return found
 
         monkeypatch.setattr(filesystem, "read_many", vacuumed)
-        assert verify(filesystem, store._history, store._access, deep=True).findings == ()
+        assert verify(filesystem, store._access, deep=True).findings == ()
         assert not segment.exists()

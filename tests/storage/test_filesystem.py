@@ -173,6 +173,18 @@ class FilesystemConformance:
         filesystem.remove(["a/2"])
         assert list(filesystem.list_objects("")) == []
 
+    def test_signs_that_a_shell_would_expand_are_part_of_a_name(self, filesystem: Filesystem) -> None:
+        names = [f"{run}/x" for run in ("run[1]", "run1", "run?", "runs", "run*", "run[!1]")]
+        filesystem.store({name: [name.encode()] for name in names})
+        assert filesystem.read_many(names) == [name.encode() for name in names]
+        assert [i.key for i in filesystem.list_objects("run[1]")] == ["run[1]/x"]
+        infos = [i for i in filesystem.list_objects("") if i.key.startswith("run[")]
+        filesystem.copy_from(filesystem, infos, names={i.key: f"copy[1]/{i.key}" for i in infos}, link=False)
+        filesystem.remove(["run[1]/x", "run?/x", "run*/x", "run[!1]/x", "run[2]/gone"])
+        assert {i.key for i in filesystem.list_objects("")} == {
+            *("run1/x", "runs/x", "copy[1]/run[1]/x", "copy[1]/run[!1]/x")
+        }
+
     def test_many_objects_are_removed(self, filesystem: Filesystem) -> None:
         filesystem.store({f"many/{n % 10}/{n}": [b"x"] for n in range(120)})
         filesystem.remove([f"many/{n % 10}/{n}" for n in range(120) if n != 77])

@@ -156,7 +156,11 @@ def borrow(loan: Loan, target: Filesystem, target_uuid: str, pins: Pins, borrowe
 def _pin(owner: Owner, version: Version, target: Filesystem, target_uuid: str, pins: Pins) -> Pin | None:
     try:
         return pin(
-            owner.filesystem, History(owner.filesystem), version, borrower_uuid=target_uuid, borrower_url=target.url
+            owner.filesystem,
+            History(owner.filesystem),
+            version,
+            borrower_uuid=target_uuid,
+            borrower_url=reference(target.url, seen_from=owner.filesystem.url),
         )
     except (StorageError, CommitOutcomeUnknownError) as error:
         if pins == "where possible":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 from trajstore.edit.check_versions import Versions
@@ -27,8 +28,9 @@ from trajstore.format.document import unseal
 from trajstore.format.marks import Pin, Tag
 from trajstore.format.schemas import SCHEMA_NAMES, validate
 from trajstore.format.snapshot import Base, StoreDocument, digest
-from trajstore.read.bases import Bases
+from trajstore.read.bases import Bases, absolute
 from trajstore.storage.age import GRACE, in_days
+from trajstore.storage.commit import History
 from trajstore.storage.filesystem import Filesystem, ObjectInfo
 
 Mark = TypeVar("Mark", Tag, Pin)
@@ -84,7 +86,7 @@ def check_hint(filesystem: Filesystem, versions: Versions, found: Findings) -> N
 
 
 def check_documents(
-    filesystem: Filesystem, listing: Listing, versions: Versions, bases: Bases, found: Findings
+    filesystem: Filesystem, listing: Listing, versions: Versions, bases: Bases, now: dt.datetime, found: Findings
 ) -> list[ObjectInfo]:
     """Tags, pins, statistics and what vacuum left: hashes, schemas, and whether their versions stand.
 
@@ -92,6 +94,7 @@ def check_documents(
         Statistics of versions that do not stand.
     """
     orphans = []
+    names = _PinsNamed()
     infos = {info.key: info for info in listing.documents}
     for lot in lots((key, info.nbytes) for key, info in sorted(infos.items())):
         for key, data in zip(lot, read_each(filesystem, lot), strict=True):
@@ -102,8 +105,8 @@ def check_documents(
                 assert isinstance(data, bytes)
                 if key.startswith(layout.TAGS + "/"):
                     _check_tag(filesystem, key, data, versions, found)
-                elif key.startswith(layout.PINS + "/"):
-                    _check_pin(filesystem, key, data, versions, bases, found)
+                elif key.startswith(layout.PINS + "/") and not layout.is_hold(key):
+                    _check_pin(filesystem, key, data, versions, bases, names, now, found)
     return orphans
 
 
@@ -140,11 +143,19 @@ def _check_tag(filesystem: Filesystem, key: str, data: bytes, versions: Versions
 
 
 def _check_pin(
-    filesystem: Filesystem, key: str, data: bytes, versions: Versions, bases: Bases, found: Findings
+    filesystem: Filesystem,
+    key: str,
+    data: bytes,
+    versions: Versions,
+    bases: Bases,
+    names: _PinsNamed,
+    now: dt.datetime,
+    found: Findings,
 ) -> None:
     pin = _parsed(Pin.from_bytes, key, data, "pin", found)
     if pin is None:
         return
+    pin = replace(pin, borrower_url=absolute(pin.borrower_url, seen_from=filesystem.url))
     wrong = _version_problem(filesystem, versions, pin.version, pin.snapshot_sha256)
     if wrong:
         found.add(
@@ -155,7 +166,17 @@ def _check_pin(
             "self-contained",
         )
     try:
-        bases.open(Base(pin.borrower_url, pin.borrower_uuid))
+        if (
+            pin.uuid not in names.by(bases.open(Base(pin.borrower_url, pin.borrower_uuid)))
+            and now - pin.created_at > GRACE
+        ):
+            found.add(
+                "warning",
+                "pin-unused",
+                key,
+                f"it keeps version {pin.version} for {pin.borrower_url}, of which no version names it: a merge was killed; "
+                "vacuum of that store removes it, or unpin()",
+            )
     except UntrustedBaseError:
         found.add(
             "note",
@@ -178,6 +199,23 @@ def _check_pin(
             key,
             f"it keeps version {pin.version} for {pin.borrower_url}, not looked at: {error}",
         )
+
+
+class _PinsNamed:
+    """The pins that standing versions of other stores name, each store looked at once."""
+
+    def __init__(self) -> None:
+        self._by: dict[str, set[str | None]] = {}
+
+    def by(self, filesystem: Filesystem) -> set[str | None]:
+        """Uuids of those that one store names."""
+        if filesystem.url not in self._by:
+            history = History(filesystem)
+            latest = history.latest(history.parse_hint(filesystem.read(layout.LATEST_HINT)))
+            self._by[filesystem.url] = {
+                base.pin for version in history.standing(latest) for base in version.snapshot.bases
+            }
+        return self._by[filesystem.url]
 
 
 def _parsed(parse: Callable[..., Mark], key: str, data: bytes, kind: str, found: Findings) -> Mark | None:

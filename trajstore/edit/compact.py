@@ -84,7 +84,8 @@ def compact(
 ) -> Compacted:
     """Write what lies in small segments of the store's own into large ones, with its derived columns.
 
-    Others may append, delete, compact, and add columns meanwhile.
+    A segment that lies in another store, or of which a derived column does, stays as it is. Others may append, delete,
+    compact, and add columns meanwhile.
 
     Args:
         filesystem: Where the store is.
@@ -108,7 +109,7 @@ def compact(
     if segment_bytes < 1:
         raise SelectionError(f"segment_bytes={segment_bytes}, expected at least 1")
     table = TrajectoryTable(history, head)
-    groups = list(_groups(_worth_writing_again(table, segment_bytes), segment_bytes))
+    groups = plan(table, segment_bytes)
     pieces = [piece for group in groups for piece in group]
     job = _Job(filesystem, workers, table.schema, preset)
     written: list[_Written] = []
@@ -135,13 +136,18 @@ def compact(
     return Compacted(head.number, sum(len(piece.starts) for piece in pieces), len(pieces), len(groups))
 
 
+def plan(table: TrajectoryTable, segment_bytes: int = DEFAULT_SEGMENT_BYTES) -> list[list[Piece]]:
+    """What ``compact`` would write into one segment each."""
+    return list(_groups(_worth_writing_again(table, segment_bytes), segment_bytes))
+
+
 def _worth_writing_again(table: TrajectoryTable, segment_bytes: int) -> list[Piece]:
     """What lies in small or mostly deleted segments of the store's own, in the order of the table."""
     numbers: dict[tuple[str, ...], int] = {}  # several manifests may name one segment
     entries: list[SegmentEntry] = []
     number_of = np.full(len(table.segments), -1, np.int64)
     for place, entry in enumerate(table.segments):
-        if entry.base is None:
+        if entry.is_own:
             number_of[place] = numbers.setdefault(entry.key, len(entries))
             if number_of[place] == len(entries):
                 entries.append(entry)
@@ -269,7 +275,7 @@ class _Moves:
 
         Segments that have other layers meanwhile stay as they are, and so do trajectories that were restored.
         """
-        numbers = [self._numbers.get(s.key, -1) if s.base is None else -1 for s in manifest.segments]
+        numbers = [self._numbers.get(s.key, -1) if s.is_own else -1 for s in manifest.segments]
         segment = manifest.table["segment"].to_numpy()
         start, ordinal = (manifest.table[name].to_numpy().copy() for name in ("start", "ordinal"))
         piece = np.array(numbers, np.int64)[segment]

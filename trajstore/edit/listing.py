@@ -47,7 +47,7 @@ class Listing:
         manifests: Key -> the object.
         segments: Uuid -> its objects.
         documents: Tags, pins and the like.
-        temporary: Of writers that were killed, or are at work.
+        temporary: Of writers and edits that were killed, or are at work.
     """
 
     snapshots: dict[int, ObjectInfo] = field(default_factory=dict)
@@ -69,9 +69,11 @@ class Listing:
         top = info.key.partition("/")[0]
         segment = layout.segment_of(info.key)
         version = layout.snapshot_version(info.key)
-        if info.key.endswith(".tmp"):
+        if info.key.endswith(".tmp") or layout.is_hold(info.key):
             self.temporary.append(info)
-        elif segment is not None:
+        if info.key.endswith(".tmp"):
+            return
+        if segment is not None:
             self.segments.setdefault(segment, Folder()).add(
                 info.key.removeprefix(layout.segment_folder(segment) + "/"), info
             )

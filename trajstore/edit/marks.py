@@ -9,21 +9,20 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 from trajstore.errors import (
     CorruptionError,
     MissingObjectError,
     StorageError,
     TagExistsError,
-    TrajstoreError,
     VersionExpiredError,
     VersionNotFoundError,
 )
 from trajstore.format import layout
 from trajstore.format.marks import Farewell, Pin, Tag, check_tag_name
-from trajstore.format.snapshot import Base
+from trajstore.read.bases import absolute
 from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem
 
@@ -61,6 +60,7 @@ def tag(filesystem: Filesystem, history: History, name: str, version: Version, *
     with held(filesystem, history, version):  # so that the name is not taken from one version and given to none
         if not same:
             filesystem.overwrite(key, made.to_bytes(), durable=True)
+            _check_stands(filesystem, history, version)  # who sleeps longer than the grace is held no more
     return found if same else made
 
 
@@ -102,20 +102,29 @@ def check_tagged(filesystem: Filesystem, tag: Tag, version: Version) -> None:
 
 def all_tags(filesystem: Filesystem) -> list[Tag]:
     """Every tag, by name."""
-    return [Tag.from_bytes(data, key=key) for key, data in _documents(filesystem, layout.TAGS)]
+    found = _read_all(filesystem, layout.TAGS).items()
+    return [Tag.from_bytes(data, key=f"{key} in {filesystem.description}") for key, data in found]
 
 
 def all_pins(filesystem: Filesystem) -> list[Pin]:
-    """Every pin."""
-    return [Pin.from_bytes(data, key=key) for key, data in _documents(filesystem, layout.PINS)]
+    """Every pin of another store; where that is, as an absolute URL."""
+    return [pin for key, pin in _pins_and_holds(filesystem) if not layout.is_hold(key)]
+
+
+def _pins_and_holds(filesystem: Filesystem) -> list[tuple[str, Pin]]:
+    found = []
+    for key, data in _read_all(filesystem, layout.PINS).items():
+        pin = Pin.from_bytes(data, key=f"{key} in {filesystem.description}")
+        found.append((key, replace(pin, borrower_url=absolute(pin.borrower_url, seen_from=filesystem.url))))
+    return found
 
 
 def marked_versions(filesystem: Filesystem) -> set[int]:
-    """Numbers of the versions that are tagged or pinned.
+    """Numbers of the versions that are tagged, pinned or held.
 
-    Pins are looked for first: whoever moves a tag holds its version by a pin until the tag is in place.
+    Pins and holds are looked for first: whoever moves a tag holds its version until the tag is in place.
     """
-    pinned = {pin.version for pin in all_pins(filesystem)}
+    pinned = {pin.version for _, pin in _pins_and_holds(filesystem)}
     return pinned | {tag.version for tag in all_tags(filesystem)}
 
 
@@ -127,17 +136,20 @@ def pin(filesystem: Filesystem, history: History, version: Version, *, borrower_
         history: Its versions.
         version: The version whose segments are referred to.
         borrower_uuid: The other store.
-        borrower_url: Where it is.
+        borrower_url: Where it is, as ``reference`` names it.
 
     Raises:
         VersionExpiredError: Vacuum was faster.
         StorageError: The store cannot be written.
     """
     made = Pin(uuid.uuid4().hex, version.number, version.sha256, borrower_uuid, borrower_url, dt.datetime.now(dt.UTC))
-    key = layout.pin_key(made.uuid)
+    _put(filesystem, history, version, layout.pin_key(made.uuid), made)
+    return made
+
+
+def _put(filesystem: Filesystem, history: History, version: Version, key: str, made: Pin) -> None:
     filesystem.create(key, made.to_bytes())  # whole at once: vacuum may read it any time
     _check_or_remove(filesystem, history, version, key)
-    return made
 
 
 def unpin(filesystem: Filesystem, pin_uuid: str) -> None:
@@ -149,17 +161,22 @@ def unpin(filesystem: Filesystem, pin_uuid: str) -> None:
 def held(filesystem: Filesystem, history: History, version: Version) -> Iterator[None]:
     """Inside the block no vacuum takes this version away: for whoever commits a version that names what it names.
 
+    A vacuum removes what is left of one that was killed, once it is older than the grace. Whoever commits inside says that
+    the work began before, so that a commit that comes so late is refused.
+
     Raises:
         VersionExpiredError: Vacuum was faster.
     """
     if not version.number:
         yield
         return
-    made = pin(filesystem, history, version, borrower_uuid="0" * 32, borrower_url=filesystem.url)
+    made = Pin(uuid.uuid4().hex, version.number, version.sha256, "0" * 32, filesystem.url, dt.datetime.now(dt.UTC))
+    key = layout.hold_key(made.uuid)
+    _put(filesystem, history, version, key, made)
     try:
         yield
     finally:
-        unpin(filesystem, made.uuid)
+        filesystem.remove([key])
 
 
 def check_there(filesystem: Filesystem, pin_uuid: str) -> None:
@@ -169,41 +186,6 @@ def check_there(filesystem: Filesystem, pin_uuid: str) -> None:
             f"{layout.pin_key(pin_uuid)} of {filesystem.description} is not there: its vacuum may remove segments that "
             "another store refers to; make that store self-contained"
         )
-
-
-@dataclass(frozen=True)
-class ReleasedPins:
-    """What became of pins that are no longer needed.
-
-    Attributes:
-        released: Bases whose pin was removed.
-        unreachable: Bases that could not be reached or written, with what was said.
-    """
-
-    released: tuple[Base, ...]
-    unreachable: tuple[tuple[Base, str], ...]
-
-
-def release_pins(bases: Sequence[Base], open_base: Callable[[Base], Filesystem]) -> ReleasedPins:
-    """Remove the pins that this store has in others. One that is gone already is not reported.
-
-    Args:
-        bases: Those that no kept version needs, as ``vacuum`` found them.
-        open_base: Opens one for writing, or raises ``TrajstoreError``.
-    """
-    released: list[Base] = []
-    unreachable: list[tuple[Base, str]] = []
-    for base in bases:
-        if base.pin is None:
-            continue
-        try:
-            filesystem = open_base(base)
-            if filesystem.read(layout.pin_key(base.pin)) is not None:
-                unpin(filesystem, base.pin)
-                released.append(base)
-        except TrajstoreError as error:
-            unreachable.append((base, str(error)))
-    return ReleasedPins(tuple(released), tuple(unreachable))
 
 
 def farewells(filesystem: Filesystem) -> dict[str, Farewell]:
@@ -243,11 +225,6 @@ def _no_tag(filesystem: Filesystem, name: str) -> VersionNotFoundError:
     return VersionNotFoundError(
         f"{filesystem.description} has no tag {name!r}; its tags are {', '.join(map(repr, names)) or 'none'}"
     )
-
-
-def _documents(filesystem: Filesystem, folder: str) -> list[tuple[str, bytes]]:
-    """Documents in a folder, with what to call each in errors."""
-    return [(f"{key} in {filesystem.description}", data) for key, data in _read_all(filesystem, folder).items()]
 
 
 def _read_all(filesystem: Filesystem, folder: str) -> dict[str, bytes]:

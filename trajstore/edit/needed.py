@@ -103,7 +103,7 @@ def live_parts(entry: ManifestEntry, manifest: Manifest) -> list[SegmentEntry]:
 
 def is_waste(key: str, rest: Needed) -> bool:
     """Whether an object may go once it is old enough; what vacuum does not know stays."""
-    if key.endswith((".tmp", ".clock")):  # of a commit, or a vacuum, that was killed
+    if key.endswith((".tmp", ".clock")) or layout.is_hold(key):  # of a commit, a vacuum, an edit that was killed
         return True
     segment = layout.segment_of(key)
     if segment is not None:

@@ -36,7 +36,7 @@ from trajstore.format.snapshot import Base, Snapshot
 from trajstore.progress import byte_progress
 from trajstore.storage.age import GRACE, in_days
 from trajstore.storage.changes import MergedManifests, ReadManifests
-from trajstore.storage.commit import History, Version
+from trajstore.storage.commit import EMPTIED_NOTE, History, Version
 from trajstore.storage.filesystem import Filesystem, ObjectInfo
 from trajstore.storage.workers import Workers
 
@@ -46,7 +46,6 @@ _READ_TOGETHER = 64
 _REMOVED_TOGETHER = 1000
 _FEW_SLOTS = 64  # are read; of more, the folder is listed
 _NOTED_EVERY = 16  # slots
-_ALL_BEFORE = "0" * 32  # names the note that this version's slot is empty, and all before it
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -96,9 +95,10 @@ class Vacuumed:
         kept_versions: That can still be opened, this vacuum's own included.
         manifests: That went.
         segments: Objects of segments that went.
-        other: Statistics of versions that went, and temporary files of commits that were killed.
+        other: Statistics of versions that went, and temporary files and holds of what was killed.
         young: Objects that nothing refers to and that stay, because they are younger than the grace.
         unused_bases: Of other stores, where no kept version needs this store's pin; for ``release_pins``.
+        used_bases: Those that kept versions need.
     """
 
     dry_run: bool
@@ -109,6 +109,7 @@ class Vacuumed:
     other: Amount = Amount()
     young: Amount = Amount()
     unused_bases: tuple[Base, ...] = ()
+    used_bases: tuple[Base, ...] = ()
 
     @property
     def objects(self) -> int:
@@ -310,7 +311,7 @@ class _Vacuum:
 
     def _slots(self, head: int) -> list[int]:
         """Numbers of all slots that may not be empty, ascending, without the head's."""
-        first = self._noted_emptied() + 1
+        first = self.history.noted_emptied() + 1
         if head - first <= _FEW_SLOTS:
             return list(range(first, head))
         listed = [(layout.snapshot_version(o.key), o.nbytes) for o in self.filesystem.list_objects(layout.SNAPSHOTS)]
@@ -346,17 +347,12 @@ class _Vacuum:
         # They are in one folder: what makes the last name durable makes all of them.
         self.filesystem.overwrite(layout.snapshot_key(versions[-1]), b"", durable=True)
 
-    def _noted_emptied(self) -> int:
-        key = layout.decision_key(_ALL_BEFORE)
-        data = self.filesystem.read(key)
-        return 0 if data is None else max(Farewell.from_bytes(data, key=key).versions, default=0)
-
     def _note_emptied(self, standing: _Standing) -> None:
         """Say up to which version all slots are empty. None of them is ever filled again, so this stays true."""
         emptied = standing.kept[0].number - 1
-        if emptied >= self._noted_emptied() + _NOTED_EVERY:
-            note = Farewell(_ALL_BEFORE, (emptied,))
-            self.filesystem.overwrite(layout.decision_key(_ALL_BEFORE), note.to_bytes(), durable=True)
+        if emptied >= self.history.noted_emptied() + _NOTED_EVERY:
+            note = Farewell(EMPTIED_NOTE, (emptied,))
+            self.filesystem.overwrite(layout.decision_key(EMPTIED_NOTE), note.to_bytes(), durable=True)
 
     # Between vacuums, and those who tag and pin
 
@@ -465,5 +461,6 @@ class _Vacuum:
             kept_versions=len(standing.kept),
             young=young,
             unused_bases=tuple(base for base in unused if base.pin is not None and base.pin not in used),
+            used_bases=tuple(rest.bases),
             **kinds,
         )

@@ -17,13 +17,11 @@ from trajstore.errors import StorageError
 from trajstore.format import layout
 from trajstore.progress import byte_progress
 from trajstore.read.access import StoreAccess
-from trajstore.storage.commit import History
 from trajstore.storage.filesystem import Filesystem
 
 
 def verify(
     filesystem: Filesystem,
-    history: History,  # noqa: ARG001 - it keeps manifests in memory, and what is checked are those on the disk
     access: StoreAccess,
     *,
     deep: bool = False,
@@ -34,7 +32,6 @@ def verify(
 
     Args:
         filesystem: Where it is.
-        history: Its versions; they are read again.
         access: Says which store it is, and opens others that it refers to.
         deep: Also read every page, hold it against its checksum and decode it.
         progress: Show a bar on standard error while pages are read; by default in a terminal, if there is much to read.
@@ -46,7 +43,7 @@ def verify(
         ``manifest``, ``manifest-rows``, ``segment-table``; ``segment-missing``, ``object-missing``, ``object-size``,
         ``segment-size``, ``page-index``, ``zarr-metadata``, ``abandoned-rows``; with ``deep`` ``page`` and ``shard-index``;
         ``base``, ``base-missing``, ``base-other``, ``base-pin``, ``base-unpinned``; ``tag``, ``pin``, ``pin-borrower``,
-        ``statistics``, ``vacuum``; ``orphans``, ``orphans-young``, ``orphans-old``; ``unreadable``.
+        ``pin-unused``, ``statistics``, ``vacuum``; ``orphans``, ``orphans-young``, ``orphans-old``; ``unreadable``.
 
     Raises:
         StorageError: The store's objects cannot even be listed.
@@ -79,8 +76,9 @@ def verify(
             f"{counts.abandoned} segments have rows that no manifest speaks of, of appends that were interrupted; they harm "
             "nothing",
         )
-    orphans = check_documents(filesystem, listing, versions, access.bases, found)
-    check_orphans(listing, versions, orphans, now or dt.datetime.now(dt.UTC), found)
+    now = now or dt.datetime.now(dt.UTC)
+    orphans = check_documents(filesystem, listing, versions, access.bases, now, found)
+    check_orphans(listing, versions, orphans, now, found)
     return Report(
         url=filesystem.url,
         version=versions.latest,

@@ -21,6 +21,7 @@ STATES_FILE = "states.arrow"
 PAGES_FILE = "pages.arrow"
 ZARR_METADATA = "zarr.json"
 
+_HOLD = ".hold.json"
 _STATISTICS = re.compile(r"^statistics/(\d{20})\.json$")
 _SNAPSHOT = re.compile(r"^snapshots/(\d{20})\.json$")
 
@@ -54,6 +55,21 @@ def tag_key(name: str) -> str:
 def pin_key(uuid: str) -> str:
     """Key of a pin."""
     return f"{PINS}/{uuid}.json"
+
+
+def hold_key(uuid: str) -> str:
+    """Key of a pin by which an edit of the store itself keeps a version while it is under way.
+
+    Examples:
+        >>> hold_key("00ff")
+        'pins/00ff.hold.json'
+    """
+    return f"{PINS}/{uuid}{_HOLD}"
+
+
+def is_hold(key: str) -> bool:
+    """Whether a key is one of ``hold_key``."""
+    return key.startswith(f"{PINS}/") and key.endswith(_HOLD)
 
 
 def farewell_key(uuid: str) -> str:

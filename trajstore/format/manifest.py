@@ -58,8 +58,8 @@ _METADATA_ARROW = {
 class SegmentEntry:
     """A segment as a manifest names it, with the layers that add derived columns to it.
 
-    A layer is a segment of the same rows, in this store or in the one that has the segment; it has no layers itself, and a
-    column is in one of them at most.
+    A layer is a segment of the same rows, in this store or in another; it has no layers itself, and a column is in one of
+    them at most.
     """
 
     uuid: str
@@ -76,6 +76,11 @@ class SegmentEntry:
     def parts(self) -> tuple[SegmentEntry, ...]:
         """The segment itself and its layers."""
         return (self, *self.layers)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it and all its layers lie in this store."""
+        return all(part.base is None for part in self.parts)
 
     @property
     def all_columns(self) -> tuple[str, ...]:

@@ -53,7 +53,9 @@ class Pin:
     version: int
     snapshot_sha256: str
     borrower_uuid: str  # of the other store
-    borrower_url: str  # where it was then, for people
+    borrower_url: (
+        str  # where it was then: relative if it has the parent folder of the store that is pinned, else absolute
+    )
     created_at: dt.datetime  # UTC
 
     def to_bytes(self) -> bytes:

@@ -155,6 +155,13 @@ def absolute(url: str, *, seen_from: str | None = None) -> str:
     return posixpath.abspath(posixpath.expanduser(path))
 
 
+def same_place(url: str, other: str) -> bool:
+    """Whether two absolute URLs or paths are of one store."""
+    if "://" in url or "://" in other:
+        return url.rstrip("/") == other.rstrip("/")
+    return os.path.realpath(url) == os.path.realpath(other)
+
+
 def moved(url: str, old: str, new: str) -> str | None:
     """A URL that begins with ``old``, whole parts only, with ``new`` in its place; None if it does not.
 

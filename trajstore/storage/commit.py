@@ -34,6 +34,7 @@ from trajstore.format.manifest import (
     manifest_entry,
     merge_manifests,
 )
+from trajstore.format.marks import Farewell
 from trajstore.format.snapshot import (
     EMPTY,
     NO_PARENT,
@@ -54,6 +55,7 @@ _HINT_INTERVAL_S = 1.0
 _CACHED_MANIFESTS = 64
 _READ_TOGETHER = 64  # snapshots
 _CACHED_MANIFEST_ROWS = 4096
+EMPTIED_NOTE = "0" * 32  # what vacuum calls its note that a version's slot is empty, and all before it
 
 
 @dataclass(frozen=True)
@@ -182,14 +184,21 @@ class History:
         """Every version that can be opened, the latest first; those that vacuum emptied are passed over."""
         if latest.number:
             yield latest
+        emptied = self.noted_emptied() if latest.number > _READ_TOGETHER else 0
         last = latest.number - 1
-        while last > 0:
-            numbers = range(last, max(last - _READ_TOGETHER, 0), -1)
+        while last > emptied:
+            numbers = range(last, max(last - _READ_TOGETHER, emptied), -1)
             data = self._filesystem.read_many([layout.snapshot_key(number) for number in numbers])
             for number, found in zip(numbers, data, strict=True):
                 if found:
                     yield self._parse(number, found)
             last = numbers[-1] - 1
+
+    def noted_emptied(self) -> int:
+        """A version whose slot is empty, like all before it, as far as vacuum noted it; 0 if it did not."""
+        key = layout.decision_key(EMPTIED_NOTE)
+        data = self._filesystem.read(key)
+        return 0 if data is None else max(Farewell.from_bytes(data, key=key).versions, default=0)
 
     def commit(self, change: Change, head: Version, *, since: Moment | None = None) -> Version:
         """Make a change visible on top of the latest version.

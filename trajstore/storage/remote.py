@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import errno
+import glob
 import inspect
 import logging
 import os
@@ -200,12 +201,17 @@ class RemoteFilesystem(Filesystem):
             ) from error
 
     def _remove_together(self, paths: Sequence[str]) -> None:
+        # ``rm`` takes what a shell would expand for a pattern, and would remove the objects of other stores.
+        one_by_one = [path for path in paths if glob.has_magic(path)]
+        together = [path for path in paths if not glob.has_magic(path)]
         try:
-            self.fs.rm(list(paths))
+            if together:
+                self.fs.rm(together)
         except FileNotFoundError:  # some filesystems end at the first that is not there
-            for path in paths:
-                with contextlib.suppress(FileNotFoundError):
-                    self.fs.rm_file(path)
+            one_by_one = list(paths)
+        for path in one_by_one:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(path)
 
     def _copy_on_server(self, source: RemoteFilesystem, keys: Mapping[str, str]) -> None:
         with source.errors(", ".join(list(keys)[:3])):
