@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from trajstore.edit.combine import Share, Source, combine
-from trajstore.errors import SchemaConflictError, SelectionError
+from trajstore.edit.combine import Share, combine
+from trajstore.edit.lineage import lineage
+from trajstore.errors import SelectionError
 from trajstore.opening import open
-from trajstore.schema import Schema
 from trajstore.storage.attach import find_existing, taken
 from trajstore.storage.commit import History
 from trajstore.storage.connect import connect
@@ -28,9 +26,6 @@ from trajstore.storage.workers import Workers
 from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View
-
-SOURCE_STORE, SOURCE_ID = "source_store", "source_id"
-LINEAGE = {SOURCE_STORE: "string", SOURCE_ID: "int64"}
 
 Place = str | os.PathLike[str]
 Options = Mapping[str, Any] | None
@@ -272,65 +267,11 @@ def _write(
         target,
         share=share,
         order=order,
-        fields=_lineage(sources),
+        fields=lineage(sources),
         operation=operation,
         pins="where possible" if allow_unpinned else "required",
         progress=progress,
     )
-
-
-def _lineage(sources: Sequence[Source]) -> dict[str, tuple[str, Any]]:
-    """Where trajectories came from; those that know it already keep it.
-
-    Raises:
-        SchemaConflictError: A source has other fields or columns of these names.
-    """
-    if not sources:
-        return {}
-    for source in sources:
-        _check_names(source.selection.schema, source.filesystem.description)
-    if all(_is_known(source) for source in sources):
-        return {}  # as it is stored
-    pairs = [_lineage_of(source) for source in sources]
-    return {
-        SOURCE_STORE: (LINEAGE[SOURCE_STORE], pa.chunked_array([stores for stores, _ in pairs])),
-        SOURCE_ID: (LINEAGE[SOURCE_ID], pa.chunked_array([ids for _, ids in pairs])),
-    }
-
-
-def _is_known(source: Source) -> bool:
-    """Whether each trajectory of a store says where it came from."""
-    table = source.selection.table
-    if not all(name in table.schema.metadata for name in LINEAGE):
-        return False
-    return not any(table.full[name].null_count for name in LINEAGE)
-
-
-def _lineage_of(source: Source) -> tuple[pa.Array, pa.Array]:
-    table, rows = source.selection.table, source.selection.rows
-    stores = pa.repeat(source.store_uuid, len(rows))
-    ids = pa.array(table.id[rows])
-    known = [name for name in LINEAGE if name in table.schema.metadata]
-    if not known:
-        return stores, ids
-    given = {name: table.values(name, rows) if name in known else pa.nulls(len(rows)) for name in LINEAGE}
-    unknown = pc.and_(*(values.is_null() for values in given.values()))
-    return (
-        pc.if_else(unknown, stores, given[SOURCE_STORE].cast(pa.string())),
-        pc.if_else(unknown, ids, given[SOURCE_ID].cast(pa.int64())),
-    )
-
-
-def _check_names(schema: Schema, where: str) -> None:
-    for name, kind in LINEAGE.items():
-        found = (
-            f"a column {name!r}" if name in schema else f"a metadata field {name!r} of type {schema.metadata.get(name)}"
-        )
-        if name in schema or schema.metadata.get(name, kind) != kind:
-            raise SchemaConflictError(
-                f"{where} has {found}; merge and split set a metadata field {name!r} of type {kind}, which says where a "
-                "trajectory came from: use view.save() for a part of one store, or append with another name"
-            )
 
 
 def _options_for(url: Place, storage_options: Options) -> Options:

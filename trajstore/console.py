@@ -27,7 +27,7 @@ _PHRASES = (
     (re.compile(r"check the permissions of the folder, or open with mode='r'"), "check the permissions of the folder"),
     (re.compile(r"pass single_writer=True"), "in Python pass single_writer=True"),
     (re.compile(r"\bstore\.versions\(\) lists"), "trajstore versions lists"),
-    (re.compile(r"use view\.save\(\)"), "in Python use view.save()"),
+    (re.compile(r"use view\.save\(lineage=False\)"), "in Python use view.save(lineage=False)"),
     (
         re.compile(r"\ba picture of an empty view; choose a view with trajectories in it \(see view\.filter\)"),
         "there are no trajectories to draw; choose another --where or --version",

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from trajstore.edit.combine import Share, Source, combine
+from trajstore.edit.lineage import lineage as where_from
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.follows import Follows
 from trajstore.format.manifest import table_schema
@@ -324,6 +325,7 @@ class View(Sampled):
         *,
         share: Share = "link",
         replace: bool = False,
+        lineage: bool = True,
         allow_unpinned: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         progress: bool | None = None,
@@ -336,6 +338,7 @@ class View(Sampled):
                 one bucket, else copied here. ``"copy"``: always bytes of its own. ``"reference"``: it refers to the segments
                 where they are, and pins them there, so that vacuum leaves them.
             replace: Of a store that is there, make a new version that holds these trajectories only.
+            lineage: Say in the metadata fields ``source_store`` and ``source_id`` where each came from, as ``merge`` does.
             allow_unpinned: Also refer to a store that cannot be written, where nothing keeps vacuum from removing segments.
             storage_options: For that place.
             progress: Show bytes copied on standard error; by default in a terminal, if there are many.
@@ -345,15 +348,18 @@ class View(Sampled):
 
         Raises:
             StoreExistsError: A store is there, and ``replace`` is false.
+            SchemaConflictError: With ``lineage``, columns or other fields of these names.
             SelectionError: Some trajectories are not yet committed.
             ReadOnlyError: A store that is referred to cannot be written, and ``allow_unpinned`` is false.
         """
+        source = self.source()
         target = connect(url, storage_options=storage_options)
         try:
             combined = combine(
-                [self.source()],
+                [source],
                 target,
                 share=share,
+                fields=where_from([source]) if lineage else None,
                 instead=replace,
                 operation="save",
                 pins="where possible" if allow_unpinned else "required",

@@ -314,7 +314,8 @@ class Stores(World):
             found = self.draw_source(data, stack)
             if found is None:
                 return
-            _, source, rows = found
+            owner, source, rows = found
+            rows = with_lineage(rows, owner.uuid)
             if isinstance(source, str):
                 source = stack.enter_context(trajstore.open(source))
             view = source if isinstance(source, trajstore.View) else source.trajectories

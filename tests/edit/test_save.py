@@ -18,9 +18,11 @@ from tests.edit.killed import again, kill_everywhere
 from tests.edit.stores import CountingDisk, append, assert_holds, filled, holds, numbers_in, objects_of, segments_of
 from tests.support.faulty import DISK_FAULTS, Faults, FaultyDisk, faulty_bucket
 from trajstore.edit.combine import combine
+from trajstore.edit.lineage import LINEAGE
 from trajstore.errors import (
     ClosedError,
     MissingObjectError,
+    SchemaConflictError,
     SelectionError,
     StoreExistsError,
     TrajstoreError,
@@ -75,9 +77,11 @@ def test_a_saved_view_is_a_store_of_its_trajectories(source, target, share, whic
     holds(target, numbers)
     with trajstore.open(target) as saved:
         assert saved.uuid != store.uuid
-        assert saved.schema == view.schema
+        assert saved.schema == view.schema.with_metadata(LINEAGE)
         assert saved.trajectories.ids.tolist() == list(range(len(numbers)))
         found = saved.trajectories.to_pandas()
+        assert found.pop("source_id").tolist() == frame.index.tolist()
+        assert found.pop("source_store").tolist() == [store.uuid] * len(frame)
         assert found.reset_index(drop=True).equals(frame.reset_index(drop=True)), "uuid, times, return and fields"
         assert saved.versions()[["operation", "trajectories"]].to_numpy().tolist() == [["save", len(numbers)]]
         assert saved.trajectories.num_steps == view.num_steps
@@ -86,6 +90,33 @@ def test_a_saved_view_is_a_store_of_its_trajectories(source, target, share, whic
         if numbers:
             saved.delete([0])
     holds(target, [*numbers[1:], 20])
+
+
+def test_where_trajectories_came_from_stays_when_they_are_saved_again_and_may_be_left_out(source, tmp_path):
+    with trajstore.open(source) as store:
+        store.trajectories.last(3).save(tmp_path / "once")
+        store.trajectories.save(tmp_path / "without", lineage=False)
+        origin = store.uuid
+    with trajstore.open(tmp_path / "once", "a") as once:
+        append(once, 20)
+        once.flush()
+        once.trajectories[::-1].save(tmp_path / "twice")
+        own = once.uuid
+    with trajstore.open(tmp_path / "twice") as twice, trajstore.open(tmp_path / "without") as without:
+        frame = twice.trajectories.to_pandas()
+        assert frame["source_store"].tolist() == [own, origin, origin, origin]
+        assert frame["source_id"].tolist() == [3, 9, 8, 6]
+        assert not LINEAGE.keys() & without.schema.metadata.keys()
+
+
+def test_a_field_of_the_name_for_lineage_is_refused_unless_lineage_is_left_out(tmp_path, target):
+    with trajstore.open(tmp_path / "own", "a") as store:
+        store.append({"reward": np.zeros(2)}, source_id="episode 7")
+        store.flush()
+        with pytest.raises(SchemaConflictError, match=r"a metadata field 'source_id' of type string.*lineage=False"):
+            store.trajectories.save(target)
+        assert not target.exists()
+        store.trajectories.save(target, lineage=False)
 
 
 def test_a_link_shares_bytes_on_the_disk_a_copy_none_and_a_reference_has_none(source, tmp_path):
