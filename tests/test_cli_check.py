@@ -60,7 +60,7 @@ def test_tables_fit_and_cut_no_word(url, width, command):
     if command == "versions":
         assert {"version", "when", "operation", "trajectories"} <= {*re.findall(r"\w+", text)}
         left = re.search(r"more columns?: (.*?); --json shows all", " ".join(text.split()))
-        shown = {"tags", "steps", "stored", "manifests"} - {*(left[1].split(", ") if left else ())}
+        shown = {"tags", "steps", "written", "manifests"} - {*(left[1].split(", ") if left else ())}
         assert shown <= {*re.findall(r"\w+", text.split("more column")[0])}
         assert width < 120 or not left
     if command == "stats":

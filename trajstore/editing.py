@@ -29,6 +29,7 @@ from trajstore.edit.marks import (
     find_tag,
     held,
     tag,
+    tag_in,
     unpin,
     untag,
 )
@@ -96,6 +97,9 @@ class Edited:
     def versions(self, limit: int = 1000) -> pd.DataFrame:
         """The latest versions that can be opened, newest first: when, by what operation, and what they hold.
 
+        ``written_bytes`` are those of all segments committed so far: what was deleted or compacted since is counted as well
+        (``usage()`` says what the version needs).
+
         Args:
             limit: At most so many.
         """
@@ -117,11 +121,11 @@ class Edited:
                     "tags": ", ".join(names.get(version.number, ())),
                     "trajectories": snapshot.totals.trajectories,
                     "steps": snapshot.totals.steps,
-                    "stored_bytes": snapshot.totals.nbytes,
+                    "written_bytes": snapshot.totals.nbytes,
                     "manifests": len(snapshot.manifests),
                 }
             )
-        columns = ["version", "created_at", "operation", "tags", "trajectories", "steps", "stored_bytes", "manifests"]
+        columns = ["version", "created_at", "operation", "tags", "trajectories", "steps", "written_bytes", "manifests"]
         return pd.DataFrame(rows, columns=columns).set_index("version")
 
     def tag(self, name: str, version: int | str | None = None, *, move: bool = False) -> int:
@@ -501,8 +505,9 @@ class Edited:
         return None if version is None else version.number
 
     def _version(self, version: int | str) -> Version:
-        if isinstance(version, str) and not version.isdigit():
-            marked = find_tag(self._filesystem, version)
+        name = tag_in(version)
+        if name is not None:
+            marked = find_tag(self._filesystem, name)
             found = self._history.load(marked.version)
             check_tagged(self._filesystem, marked, found)
             return found

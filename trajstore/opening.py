@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trajstore.edit.marks import check_tagged, find_tag
+from trajstore.edit.marks import check_tagged, find_tag, tag_in
 from trajstore.errors import ReadOnlyError
 from trajstore.format.codecs import check_preset
 from trajstore.read.access import StoreAccess
@@ -140,12 +140,14 @@ def open_on(
     if mode == "x" or mode == "a":
         store_uuid, head = open_or_create(filesystem, history, must_be_new=mode == "x")
     else:
-        if isinstance(version, str):
-            tag = find_tag(filesystem, version)
+        name = tag_in(version)
+        if name is not None:
+            tag = find_tag(filesystem, name)
             store_uuid, head = open_existing(filesystem, history, tag.version)
             check_tagged(filesystem, tag, head)
         else:
-            store_uuid, head = open_existing(filesystem, history, version)
+            number = int(version) if isinstance(version, str) else version
+            store_uuid, head = open_existing(filesystem, history, number)
     reading = cache or CacheOptions()
     kept = None if reading.folder is None else DiskCache(reading.folder, max_bytes=reading.folder_bytes)
     workers = Workers(os.cpu_count() or 1, name="trajstore-codec")

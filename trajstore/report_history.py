@@ -27,7 +27,7 @@ from trajstore.stored import Array
 _SHOWN_FINDINGS = 50
 _SHOWN_IDS = 10
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
-_BYTES = frozenset({"stored"})
+_BYTES = frozenset({"written"})
 _TEXTS = frozenset({"tags", "borrower_url"})  # long ones are folded
 _FOLDED = 16
 
@@ -39,8 +39,8 @@ def frame_json(frame: pd.DataFrame) -> Any:
 
 def print_versions(console: Console, frame: pd.DataFrame) -> None:
     """``trajstore versions``."""
-    shown = frame.rename(columns={"created_at": "when (UTC)", "stored_bytes": "stored"})
-    print_frame(console, shown, empty="nothing is committed yet", least=("manifests", "stored", "steps"))
+    shown = frame.rename(columns={"created_at": "when (UTC)", "written_bytes": "written"})
+    print_frame(console, shown, empty="nothing is committed yet", least=("manifests", "written", "steps"))
 
 
 def print_statistics(console: Console, found: Statistics) -> None:

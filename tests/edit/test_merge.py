@@ -156,7 +156,7 @@ def test_a_merge_of_stores_urls_and_views(tmp_path, share):
         assert frame["source_id"].tolist() == [0, 0, 0, 1, 1, 2]
         assert frame["source_store"].iloc[[0, 2]].tolist() == uuids
         assert store.versions()["operation"].tolist() == ["merge"]
-        assert store.versions()["stored_bytes"].iloc[0] == sum(
+        assert store.versions()["written_bytes"].iloc[0] == sum(
             len(data)
             for url in "abc"
             for name, data in objects_of(tmp_path / url).items()

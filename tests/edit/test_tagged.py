@@ -29,6 +29,14 @@ def test_a_tagged_version_is_opened_by_its_name_until_the_name_goes(url):
         trajstore.open(url, version="best")
 
 
+def test_a_number_that_is_given_as_text_is_a_number(url):
+    holds(url, range(1), version="1")
+    with trajstore.open(url, "a") as store:
+        assert store.restore("1") == 4
+    with pytest.raises(VersionNotFoundError, match="no version 12"):
+        trajstore.open(url, version="12")
+
+
 def test_a_name_that_is_not_there_says_which_are(url):
     with trajstore.open(url, "a") as store:
         store.tag("start", 1)

@@ -15,7 +15,6 @@ from trajstore.cli.common import (
     Version,
     Where,
     offer,
-    parse_version,
     print_json,
 )
 from trajstore.cli.edit import editable
@@ -59,9 +58,7 @@ def diff(
     Example: trajstore diff runs/demo paper
     """
     with opened(url, None, storage_option, base) as store:
-        earlier = parse_version(first)
-        assert earlier is not None
-        found = store.diff(earlier, parse_version(second))
+        found = store.diff(first, second)
         if as_json:
             print_json(report.diff_json(found))
         else:

@@ -88,15 +88,6 @@ def open_store(url: str, pairs: list[str] | None, prefixes: list[str] | None, **
     return trajstore.open(url, storage_options={} if for_bases else parse_options(pairs), bases=bases, **knobs)
 
 
-def parse_version(text: str | None) -> int | str | None:
-    """A version's number, or the name of a tag.
-
-    >>> parse_version("12"), parse_version("paper")
-    (12, 'paper')
-    """
-    return int(text) if text is not None and text.isdecimal() else text
-
-
 def parse_bytes(text: str) -> int:
     """A number of bytes as people write it: ``500MB``, ``8 GiB``, ``1000000``."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)

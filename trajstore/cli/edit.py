@@ -23,7 +23,6 @@ from trajstore.cli.common import (
     parse_bases,
     parse_bytes,
     parse_options,
-    parse_version,
     print_json,
 )
 from trajstore.console import bold, err, out, quantity
@@ -227,7 +226,7 @@ def tag(
             store.untag(name)
             _say({"tag": name, "version": None}, f"{name} is no tag of {bold(url)} any more", as_json)
             return
-        number = store.tag(name, parse_version(version), move=move)
+        number = store.tag(name, version, move=move)
         _say({"tag": name, "version": number}, f"{name} is version {number} of {bold(url)}", as_json)
 
 
@@ -245,9 +244,7 @@ def restore(
     Example: trajstore restore runs/demo 12
     """
     with editable(url, storage_option, base) as store:
-        chosen = parse_version(version)
-        assert chosen is not None
-        number = store.restore(chosen)
+        number = store.restore(version)
         told = f"version {number} of {bold(url)} holds what {version} held: "
         count = store.num_trajectories
         _say({"version": number, "trajectories": count}, told + quantity(count, "trajectory"), as_json)

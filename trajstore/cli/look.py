@@ -18,7 +18,6 @@ from trajstore.cli.common import (
     Where,
     open_store,
     parse_bytes,
-    parse_version,
     print_json,
     progress_bar,
 )
@@ -31,7 +30,7 @@ def opened(
     url: str, version: str | None, storage_option: list[str] | None, base: list[str] | None, **options: Any
 ) -> trajstore.Store:
     """The store that a command looks into."""
-    return open_store(url, storage_option, base, version=parse_version(version), **options)
+    return open_store(url, storage_option, base, version=version, **options)
 
 
 def info(

@@ -77,6 +77,15 @@ def untag(filesystem: Filesystem, name: str) -> None:
     filesystem.remove([key])
 
 
+def tag_in(version: int | str | None) -> str | None:
+    """The name of a tag, if a version is given by one; a number that is given as text is none.
+
+    >>> tag_in("paper"), tag_in("12"), tag_in(12)
+    ('paper', None, None)
+    """
+    return version if isinstance(version, str) and not version.isdecimal() else None
+
+
 def find_tag(filesystem: Filesystem, name: str) -> Tag:
     """A tag.
 
