@@ -142,6 +142,19 @@ def test_options_that_cannot_be(tmp_path, options, error, words):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_an_empty_path_is_not_the_working_directory(mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.StorageError, match=r"is empty; name a folder, or '\.' for the working directory"):
+        trajstore.open("", mode)
+    assert not files(tmp_path)
+
+
+def test_a_place_where_no_folder_can_be_made_is_not_taken_for_a_store_that_lacks_something():
+    with pytest.raises(errors.StorageError, match=r"there is no folder /proc/nothing.*check the path"):
+        trajstore.open("/proc/nothing", "a").append(good())
+
+
 def test_writing_through_a_handle_for_reading(path):
     before = files(path)
     with trajstore.open(path) as store:

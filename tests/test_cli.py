@@ -303,7 +303,10 @@ def test_errors_name_options(run, places, arguments, words):
             "a store is already at s; open it with mode='a', or choose another place",
             "a store is already at s; choose another place",
         ),
-        ("check the permissions of the folder, or open with mode='r'", "check the permissions of the folder"),
+        (
+            "check the permissions of the folder, choose another place, or open with mode='r'",
+            "check the permissions of the folder, or choose another place",
+        ),
         ("or pass single_writer=True if nobody", "or in Python pass single_writer=True if nobody"),
         ("s3://a: denied; check storage_options", "s3://a: denied; check --storage-option"),
         ("columns 'a' and 'b' are in order; the window has 3", "columns 'a' and 'b' are in order; the window has 3"),

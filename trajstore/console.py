@@ -24,7 +24,7 @@ _PHRASES = (
     (re.compile(r"bases=\{'([^']*)': None\} \(or its storage options instead of None\)"), r"--base \1"),
     (re.compile(r"or make one with mode='a'"), "or make one: trajstore record, or trajstore rlinf import"),
     (re.compile(r"open it with mode='a', or choose another place"), "choose another place"),
-    (re.compile(r"check the permissions of the folder, or open with mode='r'"), "check the permissions of the folder"),
+    (re.compile(r", choose another place, or open with mode='r'"), ", or choose another place"),
     (re.compile(r"pass single_writer=True"), "in Python pass single_writer=True"),
     (re.compile(r"\bstore\.versions\(\) lists"), "trajstore versions lists"),
     (re.compile(r"use view\.save\(lineage=False\)"), "in Python use view.save(lineage=False)"),

@@ -123,11 +123,11 @@ def vacuumed_json(done: Vacuumed) -> dict[str, Any]:
     return {**dataclasses.asdict(done), "objects": done.objects, "nbytes": done.nbytes}
 
 
-def print_vacuumed(console: Console, done: Vacuumed, *, url: str) -> None:
-    """``trajstore vacuum``."""
+def print_vacuumed(console: Console, done: Vacuumed, *, url: str, rule: str) -> None:
+    """``trajstore vacuum``; ``rule`` says which versions stay."""
     if not done.versions and not done.objects:
         console.print(f"nothing to give back in {bold(url)}", highlight=False)
-        _print_kept(console, done, url=url)
+        _print_kept(console, done, url, rule)
         return
     would = "would go" if done.dry_run else "went"
     table = Table("what " + would, "number", "bytes")
@@ -136,14 +136,15 @@ def print_vacuumed(console: Console, done: Vacuumed, *, url: str) -> None:
     for name, amount in (("manifests", done.manifests), ("objects of segments", done.segments), ("other", done.other)):
         table.add_row(name, f"{amount.objects:,}", decimal(amount.nbytes))
     console.print(table)
-    _print_kept(console, done, url=url)
+    _print_kept(console, done, url, rule)
     if done.dry_run:
         console.print("this was a dry run, nothing was changed; --really does it", highlight=False)
 
 
-def _print_kept(console: Console, done: Vacuumed, *, url: str) -> None:
+def _print_kept(console: Console, done: Vacuumed, url: str, rule: str) -> None:
+    stay = "stays" if done.kept_versions == 1 else "stay"
     console.print(
-        f"{quantity(done.kept_versions, 'version')} of {bold(url)} {'stays' if done.kept_versions == 1 else 'stay'}",
+        f"{quantity(done.kept_versions, 'version')} of {bold(url)} {stay}: {escape(rule)} (--keep-versions, --keep-for)",
         highlight=False,
     )
     if done.young.objects:

@@ -309,7 +309,8 @@ def vacuum(
         if as_json:
             print_json(report.vacuumed_json(done))
         else:
-            report.print_vacuumed(out, done, url=url)
+            rule = f"the latest {keep_versions}, those younger than {keep_for}, and those that are tagged or pinned"
+            report.print_vacuumed(out, done, url=url, rule=rule)
 
 
 def relocate(

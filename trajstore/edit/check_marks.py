@@ -77,7 +77,7 @@ def check_hint(filesystem: Filesystem, versions: Versions, found: Findings) -> N
         found.add("note", "hint", key, f"it holds {data[:40]!r}, expected the number of a version; {todo}")
     elif int(data) > versions.latest and not _is_there(filesystem, int(data)):
         found.add(
-            "note",
+            "warning",
             "hint",
             key,
             f"it says {int(data)}, the latest version is {versions.latest}: if nobody is committing, later versions are "

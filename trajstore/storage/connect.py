@@ -30,9 +30,11 @@ def connect(
         single_writer: Accept a storage that cannot create an object atomically.
 
     Raises:
-        StorageError: fsspec does not know the protocol, or its client library is missing.
+        StorageError: The URL is empty, fsspec does not know the protocol, or its client library is missing.
     """
     address = os.fspath(url)
+    if not address:
+        raise StorageError("the path or URL of a store is empty; name a folder, or '.' for the working directory")
     if address.startswith("file://"):
         address = address.removeprefix("file://")
     if "://" not in address:

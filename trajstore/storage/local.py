@@ -216,11 +216,17 @@ class LocalFilesystem(Filesystem):
         except TrajstoreError:
             raise
         except FileNotFoundError as error:
-            raise MissingObjectError(f"{where} is not there; restore it from a copy") from error
+            if os.path.isdir(self.root):
+                raise MissingObjectError(f"{where} is not there; restore it from a copy") from error
+            raise MissingObjectError(
+                f"{where}: there is no folder {self.root}, or none can be made there; check the path, or restore it from a "
+                "copy"
+            ) from error
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise StoragePermissionError(
-                    f"{where}: {error.strerror}; check the permissions of the folder, or open with mode='r'"
+                    f"{where}: {error.strerror}; check the permissions of the folder, choose another place, or open "
+                    "with mode='r'"
                 ) from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageError(error.errno, f"{where}: {error.strerror}; free space and append again") from error
