@@ -1,6 +1,15 @@
-"""What all tests share: properties are the same in every run, and how long an example takes is not one of them."""
+"""What all tests share: properties are the same in every run, and how long an example takes is not one of them.
 
+The checks of types and style come first: the longest of them is then under way beside other tests, not after them.
+"""
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("trajstore", deadline=None, derandomize=True)
 settings.load_profile("trajstore")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of the others stays."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_checks.py"))

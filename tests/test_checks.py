@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     "command",
     [
+        ["mypy"],
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
-        ["mypy"],
     ],
     ids=lambda command: " ".join(command),
 )

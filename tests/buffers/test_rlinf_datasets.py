@@ -35,7 +35,8 @@ def threads() -> list[threading.Thread]:
 @pytest.fixture(autouse=True)
 def _no_thread_stays() -> Iterator[None]:
     yield
-    gc.collect()
+    if threads():  # whose dataset nobody closed
+        gc.collect()
     for thread in threads():
         thread.join(PATIENCE_S)
     assert not threads()

@@ -98,7 +98,7 @@ def test_the_blocks_are_there_and_short():
     assert text.count("```python table") == text.count("```python column") == 1
 
 
-@pytest.mark.parametrize("codec", [None, "none", "small"])
+@pytest.mark.parametrize("codec", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "small"))])
 def test_every_kind_of_column_reads_back(tmp_path, codec):
     kinds, rng = every_kind(), np.random.default_rng(3)
     model = Model(tmp_path / "store", kinds)
