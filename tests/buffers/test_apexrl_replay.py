@@ -164,6 +164,28 @@ def test_an_explicit_action_dtype_wins():
     assert len(whole) == 2
 
 
+@pytest.mark.parametrize(
+    ("dtype", "good", "bad"),
+    [
+        (torch.uint8, [0.0, 255.0], [0.5, 255.0]),
+        (torch.uint8, [7, 200], [-1, 3]),
+        (torch.int32, [3.0, -4.0], [float("nan"), 0.0]),
+        (torch.bool, [0, 1], [2, 0]),
+        (torch.float32, [1 / 3, 2.0], [1j, 2.0]),
+    ],
+)
+def test_an_explicit_dtype_refuses_what_it_cannot_hold(dtype, good, bad):
+    buffer = ReplayBuffer(5, (2,), obs_dtype=dtype)
+    good, bad = torch.tensor(good), torch.tensor(bad)
+    buffer.add(good, 0, 1.0, good, False)
+    assert torch.equal(buffer.sample(1)["observations"][0], good.to(dtype))
+    with pytest.raises(errors.ColumnTypeError, match=rf"observations is {bad.dtype} with values that {dtype}"):
+        buffer.add(bad, 0, 1.0, good, False)
+    with pytest.raises(errors.ColumnTypeError, match="next_observations"):
+        buffer.add(good, 0, 1.0, bad, False)
+    assert len(buffer) == 1
+
+
 def test_one_transition_of_plain_numbers_and_arrays():
     buffer = ReplayBuffer(5, (4,))
     buffer.add(np.ones(4), 3, 1.5, [0.0] * 4, True)

@@ -441,7 +441,8 @@ def test_a_hint_is_only_noted(copy, data):
     if data is not None:
         path.write_bytes(data)
     report = looked_at(copy)
-    assert facts(report) == [("note", "hint", layout.LATEST_HINT)]
+    severity = "warning" if data == b"9" else "note"  # the versions up to it may be lost
+    assert facts(report) == [(severity, "hint", layout.LATEST_HINT)]
     assert report.exit_code == 0
 
 

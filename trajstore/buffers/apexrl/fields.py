@@ -36,8 +36,8 @@ class Field:
         name: Its public name, ``"observations"``.
         shapes: Shape of one step's value by flat name: ``{"observations": (4,)}``, or ``{"observations/image": (8, 8, 3)}``.
         dtypes: By flat name; None takes the dtype of what is given first.
-        declared: The dtypes are the user's word: whatever is given is converted to them. Otherwise what they cannot hold
-            (fractions in whole numbers) is refused.
+        declared: The dtypes are the user's word: what is given is converted to them, if they can hold the values. Otherwise
+            they are those of what was given first, and fractions are refused where these were whole numbers.
     """
 
     name: str
@@ -123,14 +123,25 @@ class Field:
                     raise ColumnShapeError(f"{path} has shape {tuple(tensor.shape)}, expected {expected}")
                 tensor = tensor.squeeze(-1)
             if dtype is not None and tensor.dtype is not dtype:
-                if not self.declared and not torch.can_cast(tensor.dtype, dtype):
-                    raise ColumnTypeError(
-                        f"{path} is {tensor.dtype}, and {dtype} was given first, which cannot hold it; convert it, or name "
-                        "the dtype when making the buffer"
-                    )
-                tensor = tensor.to(dtype)
+                tensor = self._converted(path, tensor, dtype)
             found[path] = tensor
         return found
+
+    def _converted(self, path: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The same values in the field's dtype; a float may be rounded to another float."""
+        if tensor.is_complex() <= dtype.is_complex and (self.declared or torch.can_cast(tensor.dtype, dtype)):
+            converted = tensor.to(dtype)
+            if dtype.is_floating_point or dtype.is_complex or torch.equal(converted.to(tensor.dtype), tensor):
+                return converted
+        if self.declared:
+            raise ColumnTypeError(
+                f"{path} is {tensor.dtype} with values that {dtype}, named when the buffer was made, cannot hold; name "
+                "another dtype there, or convert the values"
+            )
+        raise ColumnTypeError(
+            f"{path} is {tensor.dtype}, and {dtype} was given first, which cannot hold it; convert it, or name the dtype "
+            "when making the buffer"
+        )
 
     def nested(self, flat: Mapping[str, Any]) -> Values:
         """This field of a flat mapping: what lies under its name, or a dict of it."""

@@ -187,9 +187,10 @@ class RolloutBuffer:
 
         Raises:
             EmptyBufferError: Nothing was added; a ValueError and RuntimeError.
-            ValueError: Other shapes, or numbers outside 0 to 1.
+            ValueError: Other shapes, numbers outside 0 to 1, or no tensor.
         """
         n = self._filled()
+        last_values = tensor_of("last_values", last_values, device=self.device)
         if tuple(last_values.shape) == (self.num_envs, 1):
             last_values = last_values.squeeze(-1)
         found = gae(
