@@ -135,6 +135,16 @@ def test_save_and_load_under_a_url(buffer):
     assert_holds(loaded, model)
 
 
+def test_storage_options_are_for_urls(tmp_path):
+    buffer = ReplayBuffer("cpu", "cpu", 10, storage_options={"anon": True})
+    model = filled(buffer, 4)
+    for place in (tmp_path / "by_path", f"file://{tmp_path}/by_url"):
+        buffer.save(place)
+        loaded = ReplayBuffer("cpu", "cpu", 10, storage_options={"anon": True})
+        loaded.load(place)
+        assert_holds(loaded, model)
+
+
 def test_a_damaged_save_leaves_a_buffer_on_disk_as_it_was(tmp_path):
     with ReplayBuffer("cpu", "cpu", 40) as memory:
         filled(memory, 30)

@@ -32,6 +32,7 @@ from trajstore.errors import (
     SelectionError,
 )
 from trajstore.names import nest
+from trajstore.storage.connect import options_for
 from trajstore.storage.single_file import read_file, replace_file
 
 if TYPE_CHECKING:
@@ -317,7 +318,7 @@ class ReplayBuffer:
         """
         self._check_open()
         base = os.fspath(path)
-        options = self._storage_options if "://" in base else None
+        options = options_for(base, self._storage_options)
         numbers: dict[str, int] = {
             "buffer_size": self.buffer_size,
             "data_size": self.data_size,
@@ -351,7 +352,7 @@ class ReplayBuffer:
         self._check_open()
         base = os.fspath(path)
         name = f"{base}{_METADATA}"
-        options = self._storage_options if "://" in base else None
+        options = options_for(base, self._storage_options)
         try:
             data = read_file(name, storage_options=options)
         except MissingObjectError as error:

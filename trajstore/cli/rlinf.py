@@ -13,11 +13,11 @@ import typer
 
 import trajstore
 from trajstore.buffers.rlinf import export_files, import_directories, merge_or_split
-from trajstore.buffers.rlinf.arrange import refers_to
-from trajstore.buffers.rlinf.holding import options_for
 from trajstore.cli.common import Base, StorageOption, parse_bases, parse_options
 from trajstore.console import err, out, quantity
 from trajstore.errors import StoreNotFoundError
+from trajstore.read.bases import refers_to
+from trajstore.storage.connect import options_for
 
 app = typer.Typer(
     help="Replay buffers of RLinf: merge, split, import, export.\n\n"

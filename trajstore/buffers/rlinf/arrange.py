@@ -15,7 +15,6 @@ import numpy as np
 import trajstore
 from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
-from trajstore.buffers.rlinf.holding import options_for
 from trajstore.buffers.rlinf.transfer import NO_SEED, append_all, new_store
 from trajstore.edit.combine import combine
 from trajstore.errors import SelectionError
@@ -29,10 +28,7 @@ from trajstore.interop.rlinf_files import (
     ranks_with,
     split_directory,
 )
-from trajstore.read.bases import is_trusted
-from trajstore.storage.attach import find_existing
-from trajstore.storage.commit import History
-from trajstore.storage.connect import connect
+from trajstore.storage.connect import connect, options_for
 from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View
@@ -63,8 +59,7 @@ def merge_or_split(
             seldom repeats there, are copied in any case.
         storage_options: For those of the two that are URLs.
         bases: Where stores may lie to which the sources refer; see ``trajstore.open``. If the sources lie outside the
-            parent folder of the result, whoever opens it has to name them so, too (``refers_to`` says which); not with
-            ``copy``.
+            parent folder of the result, whoever opens it has to name them so, too; not with ``copy``.
         progress: Show a bar on standard error.
 
     Returns:
@@ -111,15 +106,6 @@ def merge_or_split(
         save_storage_options=save_options,
         progress=progress,
     ).size
-
-
-def refers_to(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Stores outside its parent folder to which a store refers; none for RLinf's files."""
-    place = os.fspath(url)
-    with contextlib.closing(connect(place, storage_options=options_for(place, storage_options))) as filesystem:
-        found = find_existing(filesystem, History(filesystem))
-    bases = () if found is None else found[1].snapshot.bases
-    return [base.url for base in bases if not is_trusted(base.url, seen_from=filesystem.url)]
 
 
 def _arrange_stores(
