@@ -314,6 +314,14 @@ class TestImportAndExport:
             store.append({"a": [1, 2]})
         assert "trajectory_id" in run("rlinf", "export", tmp_path / "other", tmp_path / "out2", code=1)
 
+    def test_a_store_that_refers_elsewhere_is_exported(self, run: Callable[..., str], tmp_path: Path) -> None:
+        saved(tmp_path / "ranks" / "rank_0", made(2), "store")
+        merge_or_split(tmp_path / "ranks", tmp_path / "elsewhere" / "merged")
+        export = ("rlinf", "export", tmp_path / "elsewhere" / "merged", tmp_path / "files")
+        assert "--base" in run(*export, code=1)
+        run(*export, "--base", tmp_path / "ranks")
+        assert_holds(tmp_path / "files", made(2))
+
     def test_a_store_that_is_refused_halfway_is_not_left_behind(self, run: Callable[..., str], tmp_path: Path) -> None:
         saved(tmp_path / "files", made(3), "pt")
         path = tmp_path / "files" / "trajectory_1_weights.pt"

@@ -103,13 +103,15 @@ def export_command(
     trajectory_format: Annotated[str, typer.Option("--format", help="pt or pkl.")] = "pt",
     overwrite: Overwrite = False,
     storage_option: StorageOption = None,
+    base: Base = None,
 ) -> None:
     """Write the rollouts of a store as RLinf's files.
 
     Example: trajstore rlinf export runs/replay logs/replay_buffer
     """
     given = parse_options(storage_option)
-    with trajstore.open(url, storage_options=options_for(url, given)) as store:
+    bases = parse_bases(base, storage_option)
+    with trajstore.open(url, storage_options=options_for(url, given), bases=bases) as store:
         metadata = export_files(
             store.trajectories,
             path,
