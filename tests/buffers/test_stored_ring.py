@@ -307,3 +307,13 @@ def test_rows_whose_commit_failed_take_no_others_with_them(tmp_path, short, monk
     with StoredRing(url, 100) as ring:
         assert by_age(ring) == [0, 1, 2, 3, 4, 5, 9, 10, 11]
         assert ring.pointer == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bfloat16, torch.complex64])
+def test_rows_of_any_dtype_in_the_store_and_in_memory(tmp_path, short, dtype):
+    rows = torch.arange(8).view(4, 2).to(dtype)
+    with StoredRing(tmp_path / "ring", 100) as ring:
+        ring.add({"a": rows})
+        found = ring.gather(torch.tensor([3, 0, 2, 3]))["a"]  # three are in the store, the last one is in memory
+    assert found.dtype is dtype
+    assert torch.equal(found.view(torch.uint8), rows.view(torch.uint8)[[3, 0, 2, 3]])

@@ -19,7 +19,7 @@ import torch
 import trajstore.store
 from trajstore.buffers.ring import Ring, check_capacity, check_draw, check_indices, check_same_columns
 from trajstore.buffers.ring_store import RingState, RingStore, SavedRing, chunk_rows
-from trajstore.buffers.rows import RowFormat
+from trajstore.buffers.rows import RowFormat, select_rows
 from trajstore.buffers.stored_rows import StoredRows
 from trajstore.errors import (
     ClosedError,
@@ -191,7 +191,7 @@ class StoredRing:
         place[~in_tail] = np.arange(len(numbers) - int(in_tail.sum()))
         place[in_tail] = np.arange(len(numbers) - int(in_tail.sum()), len(numbers))
         order = torch.from_numpy(place).to(self._device)
-        return {name: torch.cat([older[name], newer[name]]).index_select(0, order) for name in chosen}
+        return {name: select_rows(torch.cat([older[name], newer[name]]), order) for name in chosen}
 
     def sample_indices(self, n: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """``(n,)`` int64 indices drawn uniformly, with replacement, in main memory; as ``Ring.sample_indices``."""
