@@ -1,8 +1,12 @@
 """The ring in a store: what is there when it is made again, whoever else wrote, and whatever was cut short."""
 
 import contextlib
+import gc
 import shutil
+import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +321,53 @@ def test_rows_of_any_dtype_in_the_store_and_in_memory(tmp_path, short, dtype):
         found = ring.gather(torch.tensor([3, 0, 2, 3]))["a"]  # three are in the store, the last one is in memory
     assert found.dtype is dtype
     assert torch.equal(found.view(torch.uint8), rows.view(torch.uint8)[[3, 0, 2, 3]])
+
+
+def left_alone(url):
+    """A ring of rows that are in memory only, and that nobody holds any more, but for itself."""
+    ring = StoredRing(url, 100)
+    ring.itself = ring
+    ring.add(numbered(range(7)))
+
+
+def test_a_ring_that_nobody_closes(tmp_path):
+    ring = StoredRing(tmp_path / "ring", 100)
+    ring.add(numbered(range(7)))
+    del ring
+    with StoredRing(tmp_path / "ring", 100) as ring:
+        assert by_age(ring) == list(range(7))
+
+
+def test_a_ring_that_is_collected_in_another_thread(tmp_path):
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        left_alone(tmp_path / "ring")
+        thread = threading.Thread(target=gc.collect)
+        thread.start()
+        thread.join()
+    finally:
+        gc.enable()
+    for started in set(threading.enumerate()) - before:
+        started.join()
+    with StoredRing(tmp_path / "ring", 100) as ring:
+        assert by_age(ring) == list(range(7))
+
+
+def test_a_ring_that_is_open_when_the_interpreter_ends(tmp_path):
+    code = """
+import gc, os, sys, torch
+from trajstore.buffers.objectrl import ReplayBuffer
+buffer = ReplayBuffer("cpu", f"disk:{sys.argv[1]}", 1000)
+buffer.add_batch({"n": torch.arange(10)})
+child = os.fork()
+if not child:
+    del buffer  # a copy of the rows, which are the parent's to write
+    gc.collect()
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "ring"], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    with StoredRing(tmp_path / "ring", 1000) as ring:
+        assert by_age(ring) == list(range(10))

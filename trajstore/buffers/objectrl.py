@@ -46,8 +46,9 @@ _METADATA_KEYS = ("buffer_size", "data_size", "pointer")
 class ReplayBuffer:
     """The newest ``buffer_size`` transitions.
 
-    With ``url`` they live in a store (close the buffer then, or use it as a context manager), otherwise in memory. After
-    ``close`` its attributes can still be read; everything else raises ``ClosedError``.
+    With ``url`` they live in a store, otherwise in memory. Close a buffer in a store, or use it as a context manager; one
+    that nobody closes is closed when it is collected, or at the interpreter's end. After ``close`` its attributes can still
+    be read; everything else raises ``ClosedError``.
 
     Args:
         device: Where batches are put.
