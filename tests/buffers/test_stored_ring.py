@@ -28,7 +28,9 @@ from trajstore.errors import (
     SchemaConflictError,
     SelectionError,
     StorageError,
+    UnknownColumnError,
 )
+from trajstore.schema import Column
 from trajstore.storage.local import LocalFilesystem
 
 
@@ -371,3 +373,56 @@ assert os.waitpid(child, 0)[1] == 0
     assert not done.stderr
     with StoredRing(tmp_path / "ring", 1000) as ring:
         assert by_age(ring) == list(range(10))
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_other_columns_after_clear(tmp_path, short, reopened):
+    url = tmp_path / "ring"
+    with StoredRing(url, 12) as ring:
+        ring.add(numbered(range(8)))
+        ring.clear()
+        assert not len(ring.schema)
+        ring.add(numbered(range(8, 12)))
+        assert by_age(ring) == [8, 9, 10, 11]
+        ring.clear()
+        if not reopened:
+            ring.add({"x": torch.ones(7, 3), "n": torch.arange(7)})
+    with StoredRing(url, 12) as ring:
+        if reopened:
+            ring.add({"x": torch.ones(7, 3), "n": torch.arange(7)})
+        assert by_age(ring) == list(range(7))
+        assert ring.gather(torch.tensor([6]))["x"].tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_columns_that_were_declared_stay(tmp_path):
+    column = Column(path="a", dtype="int64", shape=(2,), page_rows=64)
+    rows = {"a": torch.arange(6).view(3, 2)}
+    with trajstore.open(tmp_path / "ring", "x", schema=[column]) as store:
+        store.append(rows)
+        store.flush()
+        store.delete(store.trajectories.ids)
+    with StoredRing(tmp_path / "ring", 12) as ring:
+        with pytest.raises(UnknownColumnError, match="'x' is not one of"):
+            ring.add({"x": torch.ones(3)})
+        ring.add(rows)
+        ring.clear()
+        ring.add(rows)
+    with trajstore.open(tmp_path / "ring") as store:
+        assert store.schema["a"] == column
+
+
+def test_rows_of_another_ring_are_not_cleared_with_the_columns(tmp_path, short):
+    url = tmp_path / "ring"
+    a = StoredRing(url, 12)
+    a.add(numbered(range(6)))
+    a.clear()
+    b = StoredRing(url, 12)
+    b.add(numbered(range(6, 9)))
+    b.flush()
+    with pytest.raises(CommitError, match="another buffer"):
+        a.add({"x": torch.ones(3)})
+    with pytest.raises(CommitError, match="another buffer"):
+        a.close()
+    b.close()
+    with StoredRing(url, 12) as ring:
+        assert by_age(ring) == [6, 7, 8]

@@ -150,7 +150,7 @@ class ReplayBuffer:
         self.close()
 
     def reset(self, buffer_size: int | None = None) -> None:
-        """Forget all transitions.
+        """Forget all transitions; those that come next may have other fields.
 
         Args:
             buffer_size: From now on.

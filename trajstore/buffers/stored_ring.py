@@ -116,7 +116,7 @@ class StoredRing:
 
     @property
     def schema(self) -> Schema:
-        """Columns; none before the first rows."""
+        """Columns; none before the first rows, and none after ``clear``."""
         return Schema() if self._tail.rows is None else self._tail.rows.schema
 
     @property
@@ -141,7 +141,7 @@ class StoredRing:
         self._check_open()
         tail = self._tail.rows
         if tail is None:
-            tail = self._begin(RowFormat.of(flatten(row), batched=False))
+            tail = self._begin_with(RowFormat.of(flatten(row), batched=False))
         if tail.size == tail.capacity:  # now, not when it got full: if the store refuses, the row was not added
             tail.check(row, batched=False)
             self._append_tail()
@@ -154,7 +154,7 @@ class StoredRing:
         most = None if keep_last else self.capacity
         tail = self._tail.rows
         if tail is None:
-            tail = self._begin(RowFormat.of(flatten(rows), most=most))
+            tail = self._begin_with(RowFormat.of(flatten(rows), most=most))
         checked = tail.check(rows, most=most)
         n = len(next(iter(checked.values())))
         done = 0
@@ -201,7 +201,7 @@ class StoredRing:
         return torch.randint(self.size, (n,), generator=generator)
 
     def clear(self, capacity: int | None = None) -> None:
-        """Forget the rows, in the store too: those that this ring found or wrote.
+        """Forget the rows, in the store too: those that this ring found or wrote. What comes next may have other columns.
 
         Args:
             capacity: From now on.
@@ -220,9 +220,7 @@ class StoredRing:
         tail = self._tail
         tail.capacity = capacity or tail.capacity
         self._start = tail.origin = tail.next
-        tail.stored, self._view = StoredRows(stop=tail.next), None
-        if tail.rows is not None:
-            self._begin(RowFormat(self.schema))
+        tail.stored, tail.rows, self._view = StoredRows(stop=tail.next), None, None
 
     def flush(self) -> None:
         """Return when all rows are durable.
@@ -272,11 +270,19 @@ class StoredRing:
         for _ in _in_order_of_age(saved, oldest):
             pass  # a damaged save raises here, before anything of this ring is gone
         self.clear(saved.state.capacity)
-        if self._tail.rows is None:
-            self._begin(found)
+        self._begin_with(found)
         self._tail.origin -= oldest
         for chunk in _in_order_of_age(saved, oldest):
             self.add(chunk, keep_last=True)
+
+    def _begin_with(self, row_format: RowFormat) -> Ring:
+        """Begin with the first rows; the columns of others, which ``clear`` has deleted, are deleted too if these differ."""
+        former = self._store.schema
+        if former.metadata.keys() >= set(FIELDS) and RowFormat(former) != row_format:
+            self._settled()
+            self._check_fault()
+            self._store.clear()
+        return self._begin(row_format)
 
     def _begin(self, row_format: RowFormat) -> Ring:
         rows = min(chunk_rows(row_format.schema), self.capacity)
@@ -368,9 +374,10 @@ class StoredRing:
 
     def _go_on(self) -> None:
         """Take up the ring that is in the store: all of its trajectories, whatever numbers they were given."""
-        if len(self._store.schema):
-            self._begin(RowFormat(self._store.schema))
-        view = self._store.trajectories
+        schema, view = self._store.schema, self._store.trajectories
+        cleared = not len(view) and schema.metadata.keys() >= set(FIELDS)
+        if len(schema) and not cleared:
+            self._begin(RowFormat(schema))
         if not len(view):
             return
         table = view.to_pandas()
