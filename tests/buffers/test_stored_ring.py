@@ -315,16 +315,6 @@ def test_rows_whose_commit_failed_take_no_others_with_them(tmp_path, short, monk
         assert ring.pointer == 9
 
 
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bfloat16, torch.complex64])
-def test_rows_of_any_dtype_in_the_store_and_in_memory(tmp_path, short, dtype):
-    rows = torch.arange(8).view(4, 2).to(dtype)
-    with StoredRing(tmp_path / "ring", 100) as ring:
-        ring.add({"a": rows})
-        found = ring.gather(torch.tensor([3, 0, 2, 3]))["a"]  # three are in the store, the last one is in memory
-    assert found.dtype is dtype
-    assert torch.equal(found.view(torch.uint8), rows.view(torch.uint8)[[3, 0, 2, 3]])
-
-
 def left_alone(url):
     """A ring of rows that are in memory only, and that nobody holds any more, but for itself."""
     ring = StoredRing(url, 100)
@@ -373,6 +363,16 @@ assert os.waitpid(child, 0)[1] == 0
     assert not done.stderr
     with StoredRing(tmp_path / "ring", 1000) as ring:
         assert by_age(ring) == list(range(10))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bfloat16, torch.complex64])
+def test_rows_of_any_dtype_in_the_store_and_in_memory(tmp_path, short, dtype):
+    rows = torch.arange(8).view(4, 2).to(dtype)
+    with StoredRing(tmp_path / "ring", 100) as ring:
+        ring.add({"a": rows})
+        found = ring.gather(torch.tensor([3, 0, 2, 3]))["a"]  # three are in the store, the last one is in memory
+    assert found.dtype is dtype
+    assert torch.equal(found.view(torch.uint8), rows.view(torch.uint8)[[3, 0, 2, 3]])
 
 
 @pytest.mark.parametrize("reopened", [False, True])

@@ -286,6 +286,7 @@ class ReplayBuffer:
 
     def calculate_num_batches(self, batch_size: int) -> int:
         """Batches of one epoch, the short one included."""
+        self._check_open()
         _at_least_one("batch_size", batch_size)
         return -(-self.size // batch_size)
 
@@ -303,6 +304,7 @@ class ReplayBuffer:
         Raises:
             EmptyBufferError: There are no transitions to pass over.
         """
+        self._check_open()
         if n_epochs <= 0:
             self._epochs = None
             return max_iter
@@ -316,6 +318,9 @@ class ReplayBuffer:
 
         Args:
             path: Local, or a URL.
+
+        Raises:
+            SchemaConflictError: Transitions with other fields were saved there before; they are left as they are.
         """
         self._check_open()
         base = os.fspath(path)
@@ -339,7 +344,8 @@ class ReplayBuffer:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Restore what ``save`` saved, in place of what is here.
 
-        A file of ObjectRL's own has no transitions: then the buffer takes its ``buffer_size`` and keeps those that it has.
+        A file of ObjectRL's own has no transitions: an empty buffer takes its numbers, and one with transitions, of the same
+        ``buffer_size``, stays as it is.
 
         Args:
             path: As given to ``save``: without ``.metadata``.
@@ -347,6 +353,8 @@ class ReplayBuffer:
         Raises:
             MissingObjectError: No such file.
             CorruptionError: It is damaged.
+            SchemaConflictError: Its transitions have other fields than those of this buffer, which lives in a store; if they
+                may go, ``reset`` it first.
             SelectionError: It has no transitions, another ``buffer_size``, and this buffer is not empty. In each case the
                 buffer is as it was.
         """

@@ -251,7 +251,7 @@ class Ring:
 
         Raises:
             EmptyBufferError: Nothing was ever added, so there are no columns to save.
-            SchemaError: The store there holds other columns.
+            SchemaConflictError: The store there holds other columns.
         """
         with RingStore(url, "a", storage_options=storage_options) as store:
             number = self.write_to(store)
