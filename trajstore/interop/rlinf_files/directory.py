@@ -279,7 +279,7 @@ def all_ranks_with(document: str, folders: Mapping[str, Collection[str]], *, whe
         return [] if lacking else sorted(folders)
     told = [f"{name} ({_kind(folders[name])})" for name in lacking[:_SHOWN]] + ["..."] * (len(lacking) > _SHOWN)
     raise MissingObjectError(
-        f"{len(lacking)} of the {len(folders)} folders rank_* in {where} have no {document}, and the others have: "
+        f"{len(lacking)} of the {len(folders)} folders rank_* in {where} lack the {document} that the others have: "
         f"{', '.join(told)}; restore what these ranks saved, save it in the format of the others, or move folders that are "
         "no buffers elsewhere"
     )
