@@ -367,12 +367,14 @@ assert os.waitpid(child, 0)[1] == 0
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bfloat16, torch.complex64])
 def test_rows_of_any_dtype_in_the_store_and_in_memory(tmp_path, short, dtype):
-    rows = torch.arange(8).view(4, 2).to(dtype)
+    rows = {"number": torch.arange(4).to(dtype), "vector": torch.arange(8).view(4, 2).to(dtype)}
+    order = [3, 0, 2, 3]  # three rows are in the store, the last one is in memory
     with StoredRing(tmp_path / "ring", 100) as ring:
-        ring.add({"a": rows})
-        found = ring.gather(torch.tensor([3, 0, 2, 3]))["a"]  # three are in the store, the last one is in memory
-    assert found.dtype is dtype
-    assert torch.equal(found.view(torch.uint8), rows.view(torch.uint8)[[3, 0, 2, 3]])
+        ring.add(rows)
+        found = ring.gather(torch.tensor(order))
+    for name, expected in rows.items():
+        assert found[name].dtype is dtype
+        assert torch.equal(found[name].view(torch.uint8), torch.stack([expected[k] for k in order]).view(torch.uint8))
 
 
 @pytest.mark.parametrize("reopened", [False, True])
