@@ -271,13 +271,17 @@ def places(tmp_path, monkeypatch):
         (["head", "elsewhere/s"], "if you trust that place, open it with --base {here}/runs/a/s"),
         (
             ["rlinf", "import", "pickles", "new"],
-            "pass --allow-pickle if you trust it, or have it written with --format 'pt'",
+            "pass --allow-pickle if you trust it, or have its writer save .pt files",
         ),
         (["rlinf", "export", "buffer", "files"], "pass --overwrite to replace it, or choose another place"),
         (["rlinf", "export", "buffer", "new", "--format", "npz"], "--format 'npz', expected 'pt' or 'pkl'"),
         (
             ["rlinf", "merge-or-split", "--source-path", "files", "--save-path", "new", "--split-count", "9"],
             "--split-count 9: ",
+        ),
+        (
+            ["rlinf", "merge-or-split", "--source-path", "files", "--save-path", "pickles"],
+            "and nothing is replaced; choose another --save-path",
         ),
         (["sample", "runs/b", "--window", "9"], "--pad 'edge' or 'zero'"),
         (["sample", "runs/b", "--pad", "much"], "--pad 'much', expected"),

@@ -20,7 +20,7 @@ from trajstore.errors import SelectionError
 from trajstore.opening import open
 from trajstore.storage.attach import find_existing, taken
 from trajstore.storage.commit import History
-from trajstore.storage.connect import connect
+from trajstore.storage.connect import connect, options_for
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import Workers
 from trajstore.store import Store
@@ -210,7 +210,7 @@ def _views(
             return source.trajectories
         if not isinstance(source, str | os.PathLike):
             raise SelectionError(f"a source is a {type(source).__name__}, expected a URL, a store or a view")
-        store = open(source, storage_options=_options_for(source, storage_options), bases=bases)
+        store = open(source, storage_options=options_for(source, storage_options), bases=bases)
         opened.append(store)
         return store.rows_to_copy()
 
@@ -235,7 +235,7 @@ def _targets(outs: Iterable[Place], views: Sequence[View], storage_options: Opti
         targets: dict[str, Filesystem] = {}
         for out in outs:
             target = stack.enter_context(
-                contextlib.closing(connect(out, storage_options=_options_for(out, storage_options)))
+                contextlib.closing(connect(out, storage_options=options_for(out, storage_options)))
             )
             url = target.url.rstrip("/")
             if url in sources:
@@ -272,9 +272,3 @@ def _write(
         pins="where possible" if allow_unpinned else "required",
         progress=progress,
     )
-
-
-def _options_for(url: Place, storage_options: Options) -> Options:
-    """A local path takes none."""
-    address = os.fspath(url)
-    return storage_options if "://" in address and not address.startswith("file://") else None

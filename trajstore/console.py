@@ -128,8 +128,8 @@ class _Warnings(logging.Handler):
 def for_commands(message: str) -> str:
     """What a message says to programmers, for people at a command line.
 
-    >>> for_commands("a.pkl is a pickle; pass allow_pickle=True, or have it written with trajectory_format='pt'")
-    "a.pkl is a pickle; pass --allow-pickle, or have it written with --format 'pt'"
+    >>> for_commands("a.pkl is a pickle; pass allow_pickle=True if you trust it")
+    'a.pkl is a pickle; pass --allow-pickle if you trust it'
     >>> for_commands("cache_bytes=1000 is below one batch; pass cache_bytes >= 8388608")
     '--cache-bytes 1000 is below one batch; pass --cache-bytes >= 8388608'
     >>> for_commands("grace of 1 days, expected at least 7; pass exclusive=True")

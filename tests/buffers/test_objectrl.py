@@ -377,6 +377,8 @@ def test_a_closed_buffer(buffer, tmp_path):
         lambda: next(epoch),
         lambda: buffer.create_epoch_iterator(2),
         lambda: buffer.get_next_batch(2),
+        lambda: buffer.calculate_num_batches(2),
+        lambda: buffer.get_steps_and_iterator(0, 1, 2),
         buffer.flush,
         lambda: buffer.save(tmp_path / "saved"),
         lambda: buffer.load(tmp_path / "saved"),

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from tests.buffers.transitions import assert_are, assert_holds, filled, transiti
 from trajstore.buffers import objectrl
 from trajstore.buffers.objectrl import ReplayBuffer
 from trajstore.buffers.ring_store import RingStore
-from trajstore.errors import CorruptionError, EmptyBufferError, MissingObjectError, SelectionError
+from trajstore.buffers.stored_ring import StoredRing
+from trajstore.errors import (
+    CorruptionError,
+    EmptyBufferError,
+    MissingObjectError,
+    SchemaConflictError,
+    SelectionError,
+)
 from trajstore.storage import single_file
 
 
@@ -34,8 +42,10 @@ def test_a_file_of_objectrls_own(tmp_path):
         buffer.sample_batch(2)
     buffer.add(transition(0))
     assert (buffer.data_size, buffer.pointer, len(buffer)) == (1, 1, 1)
-    buffer.load(tmp_path / "theirs")  # what is there stays
+    torch.save({"buffer_size": 20, "data_size": 9, "pointer": 9}, tmp_path / "theirs.metadata")
+    buffer.load(tmp_path / "theirs")  # what is there stays, and the numbers that go with it
     assert_are(buffer.sample_all(), [0])
+    assert (buffer.data_size, buffer.pointer) == (1, 1)
     other = ReplayBuffer("cpu", "cpu", 10)
     model = filled(other, 3)
     with pytest.raises(SelectionError, match=re.escape("reset(20)")):
@@ -133,6 +143,39 @@ def test_save_and_load_under_a_url(buffer):
     loaded = ReplayBuffer("cpu", "cpu", 3)
     loaded.load("memory://objectrl/checkpoint")
     assert_holds(loaded, model)
+
+
+def test_other_fields_over_an_earlier_save(buffer, tmp_path):
+    model = filled(buffer, 4)
+    buffer.save(tmp_path / "saved")
+    other = ReplayBuffer("cpu", "cpu", 10)
+    other.add({"reward": torch.tensor(1.0)})
+    both = r"saved\.store holds .*'state' float32.*; these have 'reward' float32.* another place"
+    with pytest.raises(SchemaConflictError, match=both):
+        other.save(tmp_path / "saved")
+    other.save(tmp_path / "other")
+    with (
+        pytest.raises(SchemaConflictError, match="'reward'") if isinstance(buffer._ring, StoredRing) else nullcontext()
+    ):
+        buffer.load(tmp_path / "other")
+    buffer.reset()
+    buffer.load(tmp_path / "saved")
+    assert_holds(buffer, model)
+    shutil.rmtree(tmp_path / "saved.store")
+    other.save(tmp_path / "saved")
+    buffer.reset()
+    buffer.load(tmp_path / "saved")
+    assert buffer.sample_all()["reward"].tolist() == [1.0]
+
+
+def test_storage_options_are_for_urls(tmp_path):
+    buffer = ReplayBuffer("cpu", "cpu", 10, storage_options={"anon": True})
+    model = filled(buffer, 4)
+    for place in (tmp_path / "by_path", f"file://{tmp_path}/by_url"):
+        buffer.save(place)
+        loaded = ReplayBuffer("cpu", "cpu", 10, storage_options={"anon": True})
+        loaded.load(place)
+        assert_holds(loaded, model)
 
 
 def test_a_damaged_save_leaves_a_buffer_on_disk_as_it_was(tmp_path):

@@ -8,12 +8,14 @@ import re
 import runpy
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import trajstore
 from tests.buffers.test_rlinf_parity import assert_parity
@@ -21,8 +23,9 @@ from tests.s3.conftest import bucket, options, s3  # noqa: F401 - fixtures
 from tests.support.rlinf_reference import SIMPLE, ReferenceBuffer, random_trajectory
 from tests.support.s3_server import KEY, SECRET
 from trajstore import cli, console
-from trajstore.buffers.rlinf import TrajectoryReplayBuffer
+from trajstore.buffers.rlinf import TrajectoryReplayBuffer, import_directories, merge_or_split
 from trajstore.cli.common import parse_options
+from trajstore.errors import MissingObjectError, SchemaConflictError, StoreExistsError
 
 FORMS = ["store", "pt"]
 
@@ -133,6 +136,75 @@ class TestMergeOrSplit:
         shutil.rmtree(tmp_path / "ranks")
         assert_holds(merged, [parts[0][0], parts[1][0], parts[0][1], parts[1][1]])
 
+    def test_the_bar_of_stores_that_are_rewritten(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        for rank, next_obs in enumerate(("repeats", "anew")):
+            saved(tmp_path / "ranks" / f"rank_{rank}", made(2, first=10 * rank, next_obs=next_obs), "store")
+        merge_or_split(tmp_path / "ranks", tmp_path / "merged", progress=True)
+        assert "4/4" in capfd.readouterr().err
+
+    def test_ranks_whose_fields_differ(self, tmp_path: Path) -> None:
+        ranks, first, second = tmp_path / "ranks", made(2), made(2, first=10)
+        for trajectory in second:
+            trajectory.extra = torch.ones(trajectory.rewards.shape[:2])
+            trajectory.rewards = trajectory.rewards.double()
+        saved(ranks / "rank_0", first, "store")
+        saved(ranks / "rank_1", second, "store")
+        saved(ranks / "rank_2", [], "store")
+        with pytest.raises(SchemaConflictError) as refused:
+            merge_or_split(ranks, tmp_path / "merged")
+        zero, one = ranks / "rank_0", ranks / "rank_1"
+        assert f"'extra' is lacking in {zero}, float32 [] in {one}" in str(refused.value)
+        assert f"'rewards' is float32 [] in {zero}, float64 [] in {one}" in str(refused.value)
+        assert not (tmp_path / "merged").exists()
+        shutil.rmtree(one)
+        assert merge_or_split(ranks, tmp_path / "merged") == 2  # what holds nothing has no other fields
+        assert_holds(tmp_path / "merged", first)
+
+    @pytest.mark.parametrize(
+        ("forms", "lost", "named"),
+        [
+            (("store", "store"), "rank_1/trajstore.json", r"rank_1 \(no whole buffer\)"),
+            (("pt", "pt"), "rank_1/metadata.json", r"rank_1 \(no whole buffer\)"),
+            (("pt", "pt"), "rank_1/trajectory_index.json", "rank_1.*trajectory_index.json is not there"),
+            (("pt", "pt"), "rank_1", r"rank_1 \(empty\)"),
+            (("store", "pt"), None, r"rank_1 \(RLinf's files\)"),
+            (("pt", "store"), None, r"rank_0 \(RLinf's files\)"),
+        ],
+    )
+    def test_no_rank_is_left_out(self, tmp_path: Path, forms: tuple[str, str], lost: str | None, named: str) -> None:
+        ranks, merged = tmp_path / "ranks", tmp_path / "merged"
+        for rank, form in enumerate(forms):
+            saved(ranks / f"rank_{rank}", made(2), form)
+        if lost == "rank_1":
+            shutil.rmtree(ranks / lost)
+            (ranks / lost).mkdir()
+        elif lost is not None:
+            (ranks / lost).unlink()
+        with pytest.raises(FileNotFoundError, match=named):
+            merge_or_split(ranks, merged)
+        if "pt" in forms:
+            with pytest.raises((FileNotFoundError, StoreExistsError), match="rank_"):
+                import_directories(ranks, tmp_path / "imported")
+        assert not merged.exists()
+        assert not (tmp_path / "imported").exists()
+
+    def test_no_rank_in_a_bucket_is_left_out(self) -> None:
+        ranks = f"memory://{uuid.uuid4().hex}"
+        for rank in range(3):
+            saved(f"{ranks}/rank_{rank}", made(1), "store" if rank else "pt")
+        with pytest.raises(MissingObjectError, match=r"1 of the 3 .* rank_0 \(RLinf's files\)"):
+            merge_or_split(ranks, f"{ranks}_merged")
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("there", FORMS)
+    def test_nothing_is_replaced(self, tmp_path: Path, form: str, there: str) -> None:
+        saved(tmp_path / "source", made(2), form)
+        saved(tmp_path / "there", made(1), there)
+        before = contents(tmp_path)
+        with pytest.raises(StoreExistsError, match=r"there.* nothing is replaced; choose another save_path"):
+            merge_or_split(tmp_path / "source", tmp_path / "there")
+        assert contents(tmp_path) == before
+
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("copy", [False, True])
     def test_split_moves_nothing(self, run: Callable[..., str], tmp_path: Path, form: str, copy: bool) -> None:
@@ -241,6 +313,14 @@ class TestImportAndExport:
         with trajstore.open(tmp_path / "other", "x") as store:
             store.append({"a": [1, 2]})
         assert "trajectory_id" in run("rlinf", "export", tmp_path / "other", tmp_path / "out2", code=1)
+
+    def test_a_store_that_refers_elsewhere_is_exported(self, run: Callable[..., str], tmp_path: Path) -> None:
+        saved(tmp_path / "ranks" / "rank_0", made(2), "store")
+        merge_or_split(tmp_path / "ranks", tmp_path / "elsewhere" / "merged")
+        export = ("rlinf", "export", tmp_path / "elsewhere" / "merged", tmp_path / "files")
+        assert "--base" in run(*export, code=1)
+        run(*export, "--base", tmp_path / "ranks")
+        assert_holds(tmp_path / "files", made(2))
 
     def test_a_store_that_is_refused_halfway_is_not_left_behind(self, run: Callable[..., str], tmp_path: Path) -> None:
         saved(tmp_path / "files", made(3), "pt")

@@ -18,8 +18,9 @@ import trajstore
 from tests.buffers.test_rlinf_parity import assert_parity
 from tests.support.rlinf_reference import ReferenceBuffer, random_trajectory
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
-from trajstore.buffers.rlinf.arrange import merge_or_split, refers_to
+from trajstore.buffers.rlinf.arrange import merge_or_split
 from trajstore.errors import ClosedError, ColumnTypeError, CorruptionError, SelectionError, UntrustedBaseError
+from trajstore.read.bases import refers_to
 
 
 def some(count: int) -> list[Trajectory]:

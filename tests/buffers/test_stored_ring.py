@@ -1,8 +1,12 @@
 """The ring in a store: what is there when it is made again, whoever else wrote, and whatever was cut short."""
 
 import contextlib
+import gc
 import shutil
+import subprocess
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,9 @@ from trajstore.errors import (
     SchemaConflictError,
     SelectionError,
     StorageError,
+    UnknownColumnError,
 )
+from trajstore.schema import Column
 from trajstore.storage.local import LocalFilesystem
 
 
@@ -307,3 +313,118 @@ def test_rows_whose_commit_failed_take_no_others_with_them(tmp_path, short, monk
     with StoredRing(url, 100) as ring:
         assert by_age(ring) == [0, 1, 2, 3, 4, 5, 9, 10, 11]
         assert ring.pointer == 9
+
+
+def left_alone(url):
+    """A ring of rows that are in memory only, and that nobody holds any more, but for itself."""
+    ring = StoredRing(url, 100)
+    ring.itself = ring
+    ring.add(numbered(range(7)))
+
+
+def test_a_ring_that_nobody_closes(tmp_path):
+    ring = StoredRing(tmp_path / "ring", 100)
+    ring.add(numbered(range(7)))
+    del ring
+    with StoredRing(tmp_path / "ring", 100) as ring:
+        assert by_age(ring) == list(range(7))
+
+
+def test_a_ring_that_is_collected_in_another_thread(tmp_path):
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        left_alone(tmp_path / "ring")
+        thread = threading.Thread(target=gc.collect)
+        thread.start()
+        thread.join()
+    finally:
+        gc.enable()
+    for started in set(threading.enumerate()) - before:
+        started.join()
+    with StoredRing(tmp_path / "ring", 100) as ring:
+        assert by_age(ring) == list(range(7))
+
+
+def test_a_ring_that_is_open_when_the_interpreter_ends(tmp_path):
+    code = """
+import gc, os, sys, torch
+from trajstore.buffers.objectrl import ReplayBuffer
+buffer = ReplayBuffer("cpu", f"disk:{sys.argv[1]}", 1000)
+buffer.add_batch({"n": torch.arange(10)})
+child = os.fork()
+if not child:
+    del buffer  # a copy of the rows, which are the parent's to write
+    gc.collect()
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "ring"], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    with StoredRing(tmp_path / "ring", 1000) as ring:
+        assert by_age(ring) == list(range(10))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bfloat16, torch.complex64])
+def test_rows_of_any_dtype_in_the_store_and_in_memory(tmp_path, short, dtype):
+    rows = {"number": torch.arange(4).to(dtype), "vector": torch.arange(8).view(4, 2).to(dtype)}
+    order = [3, 0, 2, 3]  # three rows are in the store, the last one is in memory
+    with StoredRing(tmp_path / "ring", 100) as ring:
+        ring.add(rows)
+        found = ring.gather(torch.tensor(order))
+    for name, expected in rows.items():
+        assert found[name].dtype is dtype
+        assert torch.equal(found[name].view(torch.uint8), torch.stack([expected[k] for k in order]).view(torch.uint8))
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_other_columns_after_clear(tmp_path, short, reopened):
+    url = tmp_path / "ring"
+    with StoredRing(url, 12) as ring:
+        ring.add(numbered(range(8)))
+        ring.clear()
+        assert not len(ring.schema)
+        ring.add(numbered(range(8, 12)))
+        assert by_age(ring) == [8, 9, 10, 11]
+        ring.clear()
+        if not reopened:
+            ring.add({"x": torch.ones(7, 3), "n": torch.arange(7)})
+    with StoredRing(url, 12) as ring:
+        if reopened:
+            ring.add({"x": torch.ones(7, 3), "n": torch.arange(7)})
+        assert by_age(ring) == list(range(7))
+        assert ring.gather(torch.tensor([6]))["x"].tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_columns_that_were_declared_stay(tmp_path):
+    column = Column(path="a", dtype="int64", shape=(2,), page_rows=64)
+    rows = {"a": torch.arange(6).view(3, 2)}
+    with trajstore.open(tmp_path / "ring", "x", schema=[column]) as store:
+        store.append(rows)
+        store.flush()
+        store.delete(store.trajectories.ids)
+    with StoredRing(tmp_path / "ring", 12) as ring:
+        with pytest.raises(UnknownColumnError, match="'x' is not one of"):
+            ring.add({"x": torch.ones(3)})
+        ring.add(rows)
+        ring.clear()
+        ring.add(rows)
+    with trajstore.open(tmp_path / "ring") as store:
+        assert store.schema["a"] == column
+
+
+def test_rows_of_another_ring_are_not_cleared_with_the_columns(tmp_path, short):
+    url = tmp_path / "ring"
+    a = StoredRing(url, 12)
+    a.add(numbered(range(6)))
+    a.clear()
+    b = StoredRing(url, 12)
+    b.add(numbered(range(6, 9)))
+    b.flush()
+    with pytest.raises(CommitError, match="another buffer"):
+        a.add({"x": torch.ones(3)})
+    with pytest.raises(CommitError, match="another buffer"):
+        a.close()
+    b.close()
+    with StoredRing(url, 12) as ring:
+        assert by_age(ring) == [6, 7, 8]

@@ -32,6 +32,7 @@ from trajstore.errors import (
     SelectionError,
 )
 from trajstore.names import nest
+from trajstore.storage.connect import options_for
 from trajstore.storage.single_file import read_file, replace_file
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ _METADATA_KEYS = ("buffer_size", "data_size", "pointer")
 class ReplayBuffer:
     """The newest ``buffer_size`` transitions.
 
-    With ``url`` they live in a store (close the buffer then, or use it as a context manager), otherwise in memory. After
-    ``close`` its attributes can still be read; everything else raises ``ClosedError``.
+    With ``url`` they live in a store, otherwise in memory. Close a buffer in a store, or use it as a context manager; one
+    that nobody closes is closed when it is collected, or at the interpreter's end. After ``close`` its attributes can still
+    be read; everything else raises ``ClosedError``.
 
     Args:
         device: Where batches are put.
@@ -148,7 +150,7 @@ class ReplayBuffer:
         self.close()
 
     def reset(self, buffer_size: int | None = None) -> None:
-        """Forget all transitions.
+        """Forget all transitions; those that come next may have other fields.
 
         Args:
             buffer_size: From now on.
@@ -284,6 +286,7 @@ class ReplayBuffer:
 
     def calculate_num_batches(self, batch_size: int) -> int:
         """Batches of one epoch, the short one included."""
+        self._check_open()
         _at_least_one("batch_size", batch_size)
         return -(-self.size // batch_size)
 
@@ -301,6 +304,7 @@ class ReplayBuffer:
         Raises:
             EmptyBufferError: There are no transitions to pass over.
         """
+        self._check_open()
         if n_epochs <= 0:
             self._epochs = None
             return max_iter
@@ -314,10 +318,13 @@ class ReplayBuffer:
 
         Args:
             path: Local, or a URL.
+
+        Raises:
+            SchemaConflictError: Transitions with other fields were saved there before; they are left as they are.
         """
         self._check_open()
         base = os.fspath(path)
-        options = self._storage_options if "://" in base else None
+        options = options_for(base, self._storage_options)
         numbers: dict[str, int] = {
             "buffer_size": self.buffer_size,
             "data_size": self.data_size,
@@ -337,7 +344,8 @@ class ReplayBuffer:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Restore what ``save`` saved, in place of what is here.
 
-        A file of ObjectRL's own has no transitions: then the buffer takes its ``buffer_size`` and keeps those that it has.
+        A file of ObjectRL's own has no transitions: an empty buffer takes its numbers, and one with transitions, of the same
+        ``buffer_size``, stays as it is.
 
         Args:
             path: As given to ``save``: without ``.metadata``.
@@ -345,13 +353,15 @@ class ReplayBuffer:
         Raises:
             MissingObjectError: No such file.
             CorruptionError: It is damaged.
+            SchemaConflictError: Its transitions have other fields than those of this buffer, which lives in a store; if they
+                may go, ``reset`` it first.
             SelectionError: It has no transitions, another ``buffer_size``, and this buffer is not empty. In each case the
                 buffer is as it was.
         """
         self._check_open()
         base = os.fspath(path)
         name = f"{base}{_METADATA}"
-        options = self._storage_options if "://" in base else None
+        options = options_for(base, self._storage_options)
         try:
             data = read_file(name, storage_options=options)
         except MissingObjectError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trajstore.buffers.ring_store import RingState, RingStore, split
-from trajstore.buffers.rows import RowFormat
+from trajstore.buffers.rows import RowFormat, select_rows
 from trajstore.errors import (
     EmptyBufferError,
     IndexRangeError,
@@ -190,7 +190,7 @@ class Ring:
         if check:
             check_indices(indices, self._size)
         chosen = self._columns if names is None else self._named(names)
-        return {name: _selected(arena, indices) for name, arena in chosen.items()}
+        return {name: select_rows(arena, indices) for name, arena in chosen.items()}
 
     def sample_indices(self, n: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """``(n,)`` int64 positions drawn uniformly, with replacement, on the ring's device.
@@ -251,7 +251,7 @@ class Ring:
 
         Raises:
             EmptyBufferError: Nothing was ever added, so there are no columns to save.
-            SchemaError: The store there holds other columns.
+            SchemaConflictError: The store there holds other columns.
         """
         with RingStore(url, "a", storage_options=storage_options) as store:
             number = self.write_to(store)
@@ -322,17 +322,6 @@ class Ring:
         except KeyError as error:
             known = ", ".join(map(repr, self._columns)) or "no columns yet"
             raise UnknownColumnError(f"no column {error.args[0]!r}; there are {known}") from None
-
-
-# What torch cannot select rows of on a CPU, and what has the same bits.
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-
-
-def _selected(arena: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    signed = _SIGNED.get(arena.dtype)
-    if signed is None:
-        return arena.index_select(0, indices)
-    return arena.view(signed).index_select(0, indices).view(arena.dtype)
 
 
 # What a ring in a store checks, too.

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 import trajstore.store
-from trajstore.errors import EmptyBufferError, SelectionError
+from trajstore.buffers.rows import RowFormat
+from trajstore.errors import EmptyBufferError, SchemaConflictError, SelectionError
 from trajstore.schema import Schema
 from trajstore.stored import Array
 from trajstore.view import View
@@ -107,11 +108,17 @@ class RingStore:
 
         Raises:
             EmptyBufferError: A ring without columns.
-            SchemaError: The store holds other columns.
+            SchemaConflictError: The store holds other columns.
         """
         if not len(schema):
             raise EmptyBufferError("a ring to which nothing was ever added has no columns to save; add rows first")
         number = 1 + max(self._numbers(self._store.trajectories), default=0)
+        there = RowFormat(self._store.schema)
+        if len(there) and there != RowFormat(schema):
+            raise SchemaConflictError(
+                f"the store at {self.url} holds rows with the columns {there}; these have {RowFormat(schema)}: save them to "
+                "another place, or remove that store first"
+            )
         fields = {
             "ring_save": number,
             "ring_capacity": state.capacity,

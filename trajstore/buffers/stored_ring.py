@@ -2,14 +2,15 @@
 
 Invariant: every row ever added has a number, in commit order and without gaps. What the ring holds are the last ``size``
 numbers: row ``n`` lies at the index ``(n - origin) % capacity``. The newest rows, fewer than one trajectory's, are in memory
-until ``flush`` or until they are enough for one. Trajectories whose rows are all overwritten are deleted, and their bytes
-given back, by a commit after the one of the rows that took their place, and only while the store holds the trajectories that
-this ring found or wrote, and no others.
+until ``flush``, until they are enough for one, or until the ring is collected. Trajectories whose rows are all overwritten
+are deleted, and their bytes given back, by a commit after the one of the rows that took their place, and only while the
+store holds the trajectories that this ring found or wrote, and no others.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 import trajstore.store
 from trajstore.buffers.ring import Ring, check_capacity, check_draw, check_indices, check_same_columns
 from trajstore.buffers.ring_store import RingState, RingStore, SavedRing, chunk_rows
-from trajstore.buffers.rows import RowFormat
+from trajstore.buffers.ring_tail import FIELDS, RingTail
+from trajstore.buffers.rows import RowFormat, select_rows
 from trajstore.buffers.stored_rows import StoredRows
 from trajstore.errors import (
     ClosedError,
@@ -35,11 +37,11 @@ from trajstore.schema import Schema
 from trajstore.stored import Array
 from trajstore.view import View
 
-_FIELDS = ("ring_number", "ring_origin", "ring_capacity")
-
 
 class StoredRing:
     """Rows of named tensors in a store, the newest ``capacity`` of them. Close it, or use it as a context manager.
+
+    One that is not closed commits its rows when it is collected, or at the interpreter's end.
 
     A store that holds such a ring already goes on with it. One ring at a time may write there: one that finds another's rows
     deletes nothing any more and raises ``CommitError`` from then on, at ``flush`` and ``close`` at the latest. The next ring
@@ -72,21 +74,20 @@ class StoredRing:
         device: torch.device | str = "cpu",
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._capacity = check_capacity(capacity)
+        check_capacity(capacity)
         self._device = torch.empty(0, device=device).device
-        self._tail: Ring | None = None  # rows that are not in the store yet, in main memory
-        self._stored = StoredRows()
         self._start = 0  # number of the oldest row that counts
-        self._origin = 0
         self._view: View | None = None
         self._fault: str | None = None  # why nothing may be deleted or read any more
         self._closed = False
         self._store = trajstore.opening.open(url, "a", storage_options=storage_options)
+        self._tail = RingTail(self._store, capacity)
         try:
             self._go_on()
         except BaseException:
             self._store.close()
             raise
+        self._finalizer = weakref.finalize(self, self._tail.close_unclosed)
 
     @property
     def url(self) -> str:
@@ -96,7 +97,7 @@ class StoredRing:
     @property
     def capacity(self) -> int:
         """Rows that there is room for."""
-        return self._capacity
+        return self._tail.capacity
 
     @property
     def device(self) -> torch.device:
@@ -106,22 +107,22 @@ class StoredRing:
     @property
     def size(self) -> int:
         """Rows that it holds."""
-        return min(self._next - self._start, self._capacity)
+        return min(self._tail.next - self._start, self.capacity)
 
     @property
     def pointer(self) -> int:
         """Where the next row goes."""
-        return (self._next - self._origin) % self._capacity
+        return (self._tail.next - self._tail.origin) % self.capacity
 
     @property
     def schema(self) -> Schema:
-        """Columns; none before the first rows."""
-        return self._tail.schema if self._tail is not None else Schema()
+        """Columns; none before the first rows, and none after ``clear``."""
+        return Schema() if self._tail.rows is None else self._tail.rows.schema
 
     @property
     def pending(self) -> int:
         """Rows that a crash would lose: in memory, or on their way to the store."""
-        return self._stored.newest(self._store.pending) + (len(self._tail) if self._tail is not None else 0)
+        return self._tail.stored.newest(self._store.pending) + len(self._tail)
 
     def __len__(self) -> int:
         return self.size
@@ -133,14 +134,14 @@ class StoredRing:
         self.close()
 
     def __repr__(self) -> str:
-        return f"StoredRing({self.url!r}, capacity={self._capacity}, size={self.size})"
+        return f"StoredRing({self.url!r}, capacity={self.capacity}, size={self.size})"
 
     def add_one(self, row: Mapping[str, Any]) -> None:
         """Add one row; as ``Ring.add_one``. A ``CommitError`` comes after the row was taken."""
         self._check_open()
-        tail = self._tail
+        tail = self._tail.rows
         if tail is None:
-            tail = self._begin(RowFormat.of(flatten(row), batched=False))
+            tail = self._begin_with(RowFormat.of(flatten(row), batched=False))
         if tail.size == tail.capacity:  # now, not when it got full: if the store refuses, the row was not added
             tail.check(row, batched=False)
             self._append_tail()
@@ -150,10 +151,10 @@ class StoredRing:
     def add(self, rows: Mapping[str, Any], *, keep_last: bool = False) -> None:
         """Add rows; as ``Ring.add``. A ``CommitError`` comes after all of them were taken."""
         self._check_open()
-        most = None if keep_last else self._capacity
-        tail = self._tail
+        most = None if keep_last else self.capacity
+        tail = self._tail.rows
         if tail is None:
-            tail = self._begin(RowFormat.of(flatten(rows), most=most))
+            tail = self._begin_with(RowFormat.of(flatten(rows), most=most))
         checked = tail.check(rows, most=most)
         n = len(next(iter(checked.values())))
         done = 0
@@ -173,14 +174,14 @@ class StoredRing:
         self._check_fault()
         if check:
             check_indices(indices, self.size)
-        tail = self._tail
+        tail = self._tail.rows
         if tail is None:
             raise EmptyBufferError("rows of a buffer that was never added to; add some first")
         chosen = [self.schema[name].path for name in (tail.columns if names is None else names)]
         wanted = indices.cpu().numpy().astype(np.int64)
-        newest = self._next - 1
-        numbers = newest - (newest - self._origin - wanted) % self._capacity
-        in_tail = numbers >= self._stored.next
+        newest = self._tail.next - 1
+        numbers = newest - (newest - self._tail.origin - wanted) % self.capacity
+        in_tail = numbers >= self._tail.stored.next
         if in_tail.all():  # also where no rows are wanted
             return self._from_tail(tail, numbers, chosen)
         if not in_tail.any():
@@ -191,7 +192,7 @@ class StoredRing:
         place[~in_tail] = np.arange(len(numbers) - int(in_tail.sum()))
         place[in_tail] = np.arange(len(numbers) - int(in_tail.sum()), len(numbers))
         order = torch.from_numpy(place).to(self._device)
-        return {name: torch.cat([older[name], newer[name]]).index_select(0, order) for name in chosen}
+        return {name: select_rows(torch.cat([older[name], newer[name]]), order) for name in chosen}
 
     def sample_indices(self, n: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """``(n,)`` int64 indices drawn uniformly, with replacement, in main memory; as ``Ring.sample_indices``."""
@@ -200,7 +201,7 @@ class StoredRing:
         return torch.randint(self.size, (n,), generator=generator)
 
     def clear(self, capacity: int | None = None) -> None:
-        """Forget the rows, in the store too: those that this ring found or wrote.
+        """Forget the rows, in the store too: those that this ring found or wrote. What comes next may have other columns.
 
         Args:
             capacity: From now on.
@@ -216,13 +217,10 @@ class StoredRing:
         self._check_fault()
         if len(view):
             self._delete(view.ids)
-        following = self._next
-        row_format = None if self._tail is None else RowFormat(self.schema)
-        self._capacity = capacity or self._capacity
-        self._stored, self._view = StoredRows(stop=following), None
-        self._start = self._origin = following
-        if row_format is not None:
-            self._begin(row_format)
+        tail = self._tail
+        tail.capacity = capacity or tail.capacity
+        self._start = tail.origin = tail.next
+        tail.stored, tail.rows, self._view = StoredRows(stop=tail.next), None, None
 
     def flush(self) -> None:
         """Return when all rows are durable.
@@ -243,6 +241,7 @@ class StoredRing:
             self.flush()
         finally:
             self._closed = True
+            self._finalizer.detach()
             self._store.close()
 
     def write_to(self, store: RingStore) -> int:
@@ -250,7 +249,7 @@ class StoredRing:
         self._check_open()
         if store.url == self.url:
             raise SelectionError(f"the ring lives at {self.url}; save it elsewhere, or call flush()")
-        return store.write(RingState(self._capacity, self.size, self.pointer), self.schema, self._chunks)
+        return store.write(RingState(self.capacity, self.size, self.pointer), self.schema, self._chunks)
 
     def read_from(self, store: RingStore, save: int | None = None) -> None:
         """Take the rows, capacity and pointer of a save in place of what is here.
@@ -264,28 +263,31 @@ class StoredRing:
         self._check_open()
         saved = store.find(save)
         found = RowFormat(saved.schema)
-        if self._tail is not None:
+        if self._tail.rows is not None:
             check_same_columns(found, RowFormat(self.schema), store.url)
         full = saved.state.size == saved.state.capacity
         oldest = saved.state.pointer if full else 0
         for _ in _in_order_of_age(saved, oldest):
             pass  # a damaged save raises here, before anything of this ring is gone
         self.clear(saved.state.capacity)
-        if self._tail is None:
-            self._begin(found)
-        self._origin -= oldest
+        self._begin_with(found)
+        self._tail.origin -= oldest
         for chunk in _in_order_of_age(saved, oldest):
             self.add(chunk, keep_last=True)
 
-    @property
-    def _next(self) -> int:
-        """Number of the next row."""
-        return self._stored.next + (len(self._tail) if self._tail is not None else 0)
+    def _begin_with(self, row_format: RowFormat) -> Ring:
+        """Begin with the first rows; the columns of others, which ``clear`` has deleted, are deleted too if these differ."""
+        former = self._store.schema
+        if former.metadata.keys() >= set(FIELDS) and RowFormat(former) != row_format:
+            self._settled()
+            self._check_fault()
+            self._store.clear()
+        return self._begin(row_format)
 
     def _begin(self, row_format: RowFormat) -> Ring:
-        rows = min(chunk_rows(row_format.schema), self._capacity)
-        self._tail = Ring(rows, columns=row_format.schema)
-        return self._tail
+        rows = min(chunk_rows(row_format.schema), self.capacity)
+        self._tail.rows = Ring(rows, columns=row_format.schema)
+        return self._tail.rows
 
     def _check_open(self) -> None:
         if self._closed:
@@ -296,26 +298,21 @@ class StoredRing:
             raise CommitError(self._fault)
 
     def _append_tail(self) -> None:
-        tail = self._tail
-        if tail is None or not len(tail):
+        if not self._tail.append():
             return
-        fields = dict(zip(_FIELDS, (self._stored.next, self._origin, self._capacity), strict=True))
-        ref = self._store.append({name: rows[: len(tail)] for name, rows in tail.columns.items()}, metadata=fields)
-        self._stored.append(ref, len(tail))
-        tail.clear()
         self._view = None
-        self._start = max(self._start, self._next - self._capacity)
+        self._start = max(self._start, self._tail.next - self.capacity)
         self._drop_overwritten()
 
     def _drop_overwritten(self) -> None:
         """Delete trajectories whose rows are all overwritten, once they are worth a version of the store."""
-        whole, rows = self._stored.whole_before(self._start)
-        if self._fault is not None or not whole or rows < self._capacity // 4:
+        whole, rows = self._tail.stored.whole_before(self._start)
+        if self._fault is not None or not whole or rows < self.capacity // 4:
             return
         view = self._settled()
         if self._fault is None:
             self._delete(view.ids[:whole])
-            self._stored.forget_oldest(whole)
+            self._tail.stored.forget_oldest(whole)
             self._view = None
 
     def _delete(self, ids: Array) -> None:
@@ -331,7 +328,7 @@ class StoredRing:
         self._store.flush()
         self._store.refresh()
         view = self._store.trajectories
-        lost, known = self._stored.lost(), self._stored
+        lost, known = self._tail.stored.lost(), self._tail.stored
         if self._fault is None and lost:
             self._fault = (
                 f"some of the last {known.newest(lost)} rows for the store at {self.url} could not be committed, as an "
@@ -349,14 +346,14 @@ class StoredRing:
     def _trajectories(self) -> View:
         if self._view is None:
             view = self._store.trajectories
-            if not self._stored.are_those_of(view):
+            if not self._tail.stored.are_those_of(view):
                 view = self._settled()  # perhaps there was no room to keep the newest in memory until their commit
                 self._check_fault()
             self._view = view
         return self._view
 
     def _from_store(self, numbers: Array, names: list[str]) -> dict[str, torch.Tensor]:
-        trajectories, steps = self._stored.locate(numbers)
+        trajectories, steps = self._tail.stored.locate(numbers)
         device = None if self._device.type == "cpu" else self._device
         try:
             rows = self._trajectories().gather(trajectories, steps, columns=names, device=device)
@@ -367,7 +364,7 @@ class StoredRing:
         return flatten(rows)
 
     def _from_tail(self, tail: Ring, numbers: Array, names: list[str]) -> dict[str, torch.Tensor]:
-        rows = tail.gather(torch.from_numpy(numbers - self._stored.next), names=names, check=False)
+        rows = tail.gather(torch.from_numpy(numbers - self._tail.stored.next), names=names, check=False)
         return {name: tensor.to(self._device) for name, tensor in rows.items()}
 
     def _chunks(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -377,29 +374,30 @@ class StoredRing:
 
     def _go_on(self) -> None:
         """Take up the ring that is in the store: all of its trajectories, whatever numbers they were given."""
-        if len(self._store.schema):
-            self._begin(RowFormat(self._store.schema))
-        view = self._store.trajectories
+        schema, view = self._store.schema, self._store.trajectories
+        cleared = not len(view) and schema.metadata.keys() >= set(FIELDS)
+        if len(schema) and not cleared:
+            self._begin(RowFormat(schema))
         if not len(view):
             return
         table = view.to_pandas()
-        if any(name not in table or table[name].isna().any() for name in _FIELDS):
+        if any(name not in table or table[name].isna().any() for name in FIELDS):
             raise SelectionError(
                 f"the store at {self.url} holds trajectories that are no ring's; choose another place (one that a buffer "
                 "was saved to is read by load)"
             )
         told, lengths = table["ring_number"].to_numpy(np.int64), view.lengths
-        self._stored = StoredRows(view.ids, lengths, int(told[-1] + lengths[-1]))
-        firsts = self._stored.firsts
-        self._start = max(int(firsts[0]), self._stored.next - self._capacity)
-        self._origin = int(table["ring_origin"].iloc[-1])
+        self._tail.stored = stored = StoredRows(view.ids, lengths, int(told[-1] + lengths[-1]))
+        firsts = stored.firsts
+        self._start = max(int(firsts[0]), stored.next - self.capacity)
+        self._tail.origin = int(table["ring_origin"].iloc[-1])
         counts = firsts + lengths > self._start
         if (
             (told != firsts)[counts].any()  # two rings wrote at once, or the rows of a commit that failed are missing
-            or int(table["ring_capacity"].iloc[-1]) != self._capacity
-            or (self.size < self._capacity and self._origin != self._start)
+            or int(table["ring_capacity"].iloc[-1]) != self.capacity
+            or (self.size < self.capacity and self._tail.origin != self._start)
         ):
-            self._origin = self._start
+            self._tail.origin = self._start
 
 
 def _in_order_of_age(saved: SavedRing, oldest: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -11,7 +11,6 @@ import typer
 
 import trajstore
 from trajstore import report_history as report
-from trajstore.buffers.rlinf.arrange import refers_to
 from trajstore.cli.common import (
     AsJson,
     Base,
@@ -26,6 +25,7 @@ from trajstore.cli.common import (
     print_json,
 )
 from trajstore.console import bold, err, out, quantity
+from trajstore.read.bases import refers_to
 
 Share = Annotated[
     str,

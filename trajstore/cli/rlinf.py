@@ -13,11 +13,11 @@ import typer
 
 import trajstore
 from trajstore.buffers.rlinf import export_files, import_directories, merge_or_split
-from trajstore.buffers.rlinf.arrange import refers_to
-from trajstore.buffers.rlinf.holding import options_for
 from trajstore.cli.common import Base, StorageOption, parse_bases, parse_options
 from trajstore.console import err, out, quantity
 from trajstore.errors import StoreNotFoundError
+from trajstore.read.bases import refers_to
+from trajstore.storage.connect import options_for
 
 app = typer.Typer(
     help="Replay buffers of RLinf: merge, split, import, export.\n\n"
@@ -103,13 +103,15 @@ def export_command(
     trajectory_format: Annotated[str, typer.Option("--format", help="pt or pkl.")] = "pt",
     overwrite: Overwrite = False,
     storage_option: StorageOption = None,
+    base: Base = None,
 ) -> None:
     """Write the rollouts of a store as RLinf's files.
 
     Example: trajstore rlinf export runs/replay logs/replay_buffer
     """
     given = parse_options(storage_option)
-    with trajstore.open(url, storage_options=options_for(url, given)) as store:
+    bases = parse_bases(base, storage_option)
+    with trajstore.open(url, storage_options=options_for(url, given), bases=bases) as store:
         metadata = export_files(
             store.trajectories,
             path,

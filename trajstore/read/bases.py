@@ -6,6 +6,7 @@ the store there is the one that was meant; anything else is an error that names 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,9 @@ from typing import Any
 from trajstore.errors import CorruptionError, StoreNotFoundError, UntrustedBaseError
 from trajstore.format import layout
 from trajstore.format.snapshot import Base, StoreDocument
+from trajstore.storage.attach import find_existing
+from trajstore.storage.commit import History
+from trajstore.storage.connect import connect, options_for
 from trajstore.storage.filesystem import Filesystem
 
 Connect = Callable[[str, Mapping[str, Any] | None], Filesystem]
@@ -181,6 +185,19 @@ def is_trusted(to: str, *, seen_from: str) -> bool:
     (True, False)
     """
     return to.startswith("../") or _is_under(to, parent_of(seen_from))
+
+
+def refers_to(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
+    """Stores outside its own parent folder to which the store at a place refers; none if no store is there.
+
+    Args:
+        url: The place.
+        storage_options: For it, if it is a URL.
+    """
+    with contextlib.closing(connect(url, storage_options=options_for(url, storage_options))) as filesystem:
+        found = find_existing(filesystem, History(filesystem))
+    bases = () if found is None else found[1].snapshot.bases
+    return [base.url for base in bases if not is_trusted(base.url, seen_from=filesystem.url)]
 
 
 def _is_under(url: str, prefix: str | None) -> bool:

@@ -63,6 +63,16 @@ def connect(
     return RemoteFilesystem(fs, root, url=address, single_writer=single_writer)
 
 
+def options_for(place: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The storage options of a caller as far as they are for one of several places: a local path has none.
+
+    >>> options_for("s3://bucket/runs", {"anon": True}), options_for("file:///runs", {"anon": True})
+    ({'anon': True}, None)
+    """
+    address = os.fspath(place)
+    return storage_options if "://" in address and not address.startswith("file://") else None
+
+
 def _bound_waiting(fs: Any) -> None:
     """Have a server that hangs noticed after s3fs's ``read_timeout`` times a few attempts, not after hours or never."""
     from botocore.handlers import add_expect_header

@@ -15,24 +15,25 @@ import numpy as np
 import trajstore
 from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
-from trajstore.buffers.rlinf.holding import options_for
 from trajstore.buffers.rlinf.transfer import NO_SEED, append_all, new_store
 from trajstore.edit.combine import combine
-from trajstore.errors import SelectionError
+from trajstore.errors import SchemaConflictError, SelectionError, StoreExistsError
 from trajstore.format.layout import STORE_DOCUMENT
 from trajstore.interop.rlinf_files import (
+    INDEX_KEYS,
+    METADATA_KEY,
+    all_ranks_with,
     is_rlinf_directory,
     merge_directories,
     open_directories,
     plan_merge,
     plan_split,
-    ranks_with,
+    rank_folders,
     split_directory,
 )
-from trajstore.read.bases import is_trusted
-from trajstore.storage.attach import find_existing
-from trajstore.storage.commit import History
-from trajstore.storage.connect import connect
+from trajstore.progress import counted
+from trajstore.schema import Schema
+from trajstore.storage.connect import connect, options_for
 from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View
@@ -63,8 +64,7 @@ def merge_or_split(
             seldom repeats there, are copied in any case.
         storage_options: For those of the two that are URLs.
         bases: Where stores may lie to which the sources refer; see ``trajstore.open``. If the sources lie outside the
-            parent folder of the result, whoever opens it has to name them so, too (``refers_to`` says which); not with
-            ``copy``.
+            parent folder of the result, whoever opens it has to name them so, too; not with ``copy``.
         progress: Show a bar on standard error.
 
     Returns:
@@ -72,14 +72,17 @@ def merge_or_split(
 
     Raises:
         StoreNotFoundError: Nothing to merge or split.
+        MissingObjectError: Some of the ``rank_*`` hold a buffer, and others none, or one of the other kind.
+        SchemaConflictError: Stores whose trajectories have different fields.
         SelectionError: Fewer trajectories than ``split_count``, several buffers to split, or no ``save_path``.
-        StoreExistsError: Something is at ``save_path``.
+        StoreExistsError: A buffer is at ``save_path``.
     """
     source, out = os.fspath(source_path).rstrip("/"), os.fspath(save_path)
     if not out:
         raise SelectionError("merge_or_split needs save_path=, a folder or a URL for the result")
     read_options, save_options = options_for(source, storage_options), options_for(out, storage_options)
     stores = _stores(source, read_options)
+    _check_free(out, save_options)
     if stores and split_count is not None and len(stores) > 1:
         raise SelectionError(f"{source} holds {len(stores)} buffers; split one of them, or merge them first")
     if stores:
@@ -113,15 +116,6 @@ def merge_or_split(
     ).size
 
 
-def refers_to(url: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> list[str]:
-    """Stores outside its parent folder to which a store refers; none for RLinf's files."""
-    place = os.fspath(url)
-    with contextlib.closing(connect(place, storage_options=options_for(place, storage_options))) as filesystem:
-        found = find_existing(filesystem, History(filesystem))
-    bases = () if found is None else found[1].snapshot.bases
-    return [base.url for base in bases if not is_trusted(base.url, seen_from=filesystem.url)]
-
-
 def _arrange_stores(
     urls: Sequence[str],
     out: str,
@@ -139,6 +133,7 @@ def _arrange_stores(
             for url in urls
         ]
         found = [rollouts.find(view) for view in views]
+        _check_alike({url: view.schema for url, view in zip(urls, views, strict=True) if len(view)})
         ids = [[entry.id for entry in one.entries] for one in found]
         if split_count is None:
             places = _merged(ids)
@@ -146,12 +141,13 @@ def _arrange_stores(
             plan_split(ids[0], split_count, where=urls[0])
             places = [(0, at) for at in range(split_count)]
         if len({parts.shared_in(view.schema) for view in views}) > 1:
-            return _rewrite(views, found, places, opened.enter_context(new_store(out, save_storage_options)))
+            target = opened.enter_context(new_store(out, save_storage_options))
+            return _rewrite(views, found, places, target, progress)
         order, numbers = _rows(found, places)
-        target = opened.enter_context(contextlib.closing(connect(out, storage_options=save_storage_options)))
+        folder = opened.enter_context(contextlib.closing(connect(out, storage_options=save_storage_options)))
         combine(
             [view.take(one.rows).source() for view, one in zip(views, found, strict=True)],
-            target,
+            folder,
             share="copy" if copy else "reference",
             order=order,
             fields={rollouts.ID: ("int64", numbers)},
@@ -161,14 +157,45 @@ def _arrange_stores(
         return len(places)
 
 
+def _check_alike(schemas: Mapping[str, Schema]) -> None:
+    """Raise ``SchemaConflictError`` unless the stores of these URLs hold the same fields.
+
+    Whether an observation is stored once, or as the current and as the next one, makes no difference.
+    """
+    fields = {url: _fields(schema) for url, schema in schemas.items()}
+    told = []
+    for path in sorted({path for held in fields.values() for path in held}):
+        kinds: dict[str, str] = {}  # what it is -> the first store that has it so
+        for url, held in fields.items():
+            kinds.setdefault(held.get(path, "lacking"), url)
+        if len(kinds) > 1:
+            told.append(f"{path!r} is {', '.join(f'{kind} in {url}' for kind, url in kinds.items())}")
+    if told:
+        raise SchemaConflictError(
+            f"the buffers hold different fields, so nothing could be sampled from all of them: {'; '.join(told)}; merge "
+            "those that agree"
+        )
+
+
+def _fields(schema: Schema) -> dict[str, str]:
+    """Path -> dtype and shape of each field of a batch."""
+    kinds = {column.path: f"{column.dtype} {list(column.shape)}" for column in schema}
+    return kinds | {f"next_obs/{name}": kinds[f"curr_obs/{name}"] for name in parts.shared_in(schema)}
+
+
 def _rewrite(
-    views: Sequence[View], found: Sequence[rollouts.Found], places: Sequence[tuple[int, int]], store: Store
+    views: Sequence[View],
+    found: Sequence[rollouts.Found],
+    places: Sequence[tuple[int, int]],
+    store: Store,
+    progress: bool,
 ) -> int:
     """Append rollouts of stores that differ in which observations they hold once."""
     ends = [np.cumsum([entry.pieces for entry in one.entries]) for one in found]
 
     def read() -> Iterator[tuple[int, str, dict[str, Any]]]:
-        for number, (rank, at) in enumerate(places):
+        shown = counted(places, total=len(places), what="merging", shown=progress)
+        for number, (rank, at) in enumerate(shown):
             entry = found[rank].entries[at]
             rows = found[rank].rows[ends[rank][at] - entry.pieces : ends[rank][at]]
             for _, fields in rollouts.read(views[rank].take(rows), [entry]):
@@ -202,19 +229,32 @@ def _rows(found: Sequence[rollouts.Found], places: Sequence[tuple[int, int]]) ->
     return np.concatenate(order) if order else np.empty(0, np.int64), numbers
 
 
+def _check_free(out: str, storage_options: Mapping[str, Any] | None) -> None:
+    """Raise ``StoreExistsError`` if a buffer of either kind is at a place."""
+    documents = [STORE_DOCUMENT, METADATA_KEY, *INDEX_KEYS]
+    with contextlib.closing(connect(out, storage_options=storage_options)) as filesystem:
+        found = filesystem.read_many(documents)
+    there = [name for name, data in zip(documents, found, strict=True) if data is not None]
+    if there:
+        raise StoreExistsError(
+            f"a buffer is already saved at {filesystem.description} ({there[0]} is there), and nothing is replaced; choose "
+            "another save_path"
+        )
+
+
 def _stores(source: str, storage_options: Mapping[str, Any] | None) -> list[str]:
-    """The store at a place, or those of its ``rank_*`` folders; none if these are RLinf's files.
+    """The store at a place, or those of all its ``rank_*`` folders; none if these are RLinf's files.
 
     Raises:
         StoreNotFoundError: There is nothing of either kind.
+        MissingObjectError: Some folders hold one, and others do not.
     """
     with contextlib.closing(connect(source, storage_options=storage_options)) as filesystem:
         if filesystem.read(STORE_DOCUMENT) is not None:
             return [source]
         if is_rlinf_directory(source, storage_options=storage_options):
             return []
-        keys = [info.key for info in filesystem.list_objects("")]
-    names = ranks_with(STORE_DOCUMENT, keys)
+        names = all_ranks_with(STORE_DOCUMENT, rank_folders(filesystem), where=filesystem.description)
     if names:
         return [f"{source}/{name}" for name in names]
     for directory in open_directories(source, storage_options=storage_options):  # says what is lacking

@@ -17,22 +17,32 @@ Examples:
 """
 
 from trajstore.interop.rlinf_files.arrange import merge_directories, plan_merge, plan_split, split_directory
-from trajstore.interop.rlinf_files.directory import RlinfDirectory, is_rlinf_directory, open_directories, ranks_with
-from trajstore.interop.rlinf_files.documents import METADATA_KEY, Entry, Metadata, leading_shape
+from trajstore.interop.rlinf_files.directory import (
+    RlinfDirectory,
+    all_ranks_with,
+    is_rlinf_directory,
+    open_directories,
+    rank_folders,
+    ranks_with,
+)
+from trajstore.interop.rlinf_files.documents import INDEX_KEYS, METADATA_KEY, Entry, Metadata, leading_shape
 from trajstore.interop.rlinf_files.writer import RlinfWriter, write_directory
 
 __all__ = [
+    "INDEX_KEYS",
     "METADATA_KEY",
     "Entry",
     "Metadata",
     "RlinfDirectory",
     "RlinfWriter",
+    "all_ranks_with",
     "is_rlinf_directory",
     "leading_shape",
     "merge_directories",
     "open_directories",
     "plan_merge",
     "plan_split",
+    "rank_folders",
     "ranks_with",
     "split_directory",
     "write_directory",

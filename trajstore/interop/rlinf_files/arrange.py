@@ -81,6 +81,7 @@ def merge_directories(
     Raises:
         StoreNotFoundError: There is nothing to merge.
         SchemaConflictError: Some ranks wrote ``.pt``, others ``.pkl``.
+        MissingObjectError: Some ranks saved nothing, or a store.
         StoreExistsError: A buffer is saved at ``save_url``, and ``overwrite`` was not said.
         MissingObjectError: A trajectory of an index has no file.
     """
@@ -139,8 +140,8 @@ def _copy(
     formats = {file.trajectory_format: file for file in files}
     if len(formats) > 1:
         raise SchemaConflictError(
-            f"{formats['pt'].where} and {formats['pkl'].where}: a directory is of one format; save one of them anew with "
-            "the trajectory_format of the other"
+            f"{formats['pt'].where} and {formats['pkl'].where}: a directory is of one format; save one of them anew in "
+            "the format of the other"
         )
     writer = RlinfWriter(
         save_url,

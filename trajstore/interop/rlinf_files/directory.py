@@ -6,6 +6,7 @@ of the list, a bounded number of bytes ahead.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from trajstore.errors import CorruptionError, MissingObjectError, StoreNotFoundError
+from trajstore.format.layout import STORE_DOCUMENT
 from trajstore.interop.rlinf_files.documents import (
     FORMATS,
     INDEX_KEYS,
@@ -31,6 +33,7 @@ from trajstore.storage.filesystem import Filesystem
 _READ_AHEAD_BYTES = 64 * 1024 * 1024
 _READ_AHEAD_FILES = 32
 _SHOWN = 3
+_KINDS = {STORE_DOCUMENT: "a store", METADATA_KEY: "RLinf's files"}  # of a buffer that a rank saved, by its document
 
 Url = str | os.PathLike[str]
 Fields = dict[str, Any]
@@ -192,10 +195,11 @@ class RlinfDirectory:
 
 
 def open_directories(url: Url, *, storage_options: Mapping[str, Any] | None = None) -> list[RlinfDirectory]:
-    """The directory at a place, or those of its ``rank_*`` folders in the order of their names.
+    """The directory at a place, or those of all its ``rank_*`` folders in the order of their names.
 
     Raises:
         StoreNotFoundError: There is neither.
+        MissingObjectError: Some of the folders hold RLinf's files, and others do not.
         CorruptionError: See ``RlinfDirectory``.
         MissingObjectError: See ``RlinfDirectory``.
     """
@@ -203,10 +207,9 @@ def open_directories(url: Url, *, storage_options: Mapping[str, Any] | None = No
         return [RlinfDirectory(url, storage_options=storage_options)]
     filesystem = connect(url, storage_options=storage_options)
     try:
-        keys = [info.key for info in filesystem.list_objects("")]
+        names = all_ranks_with(METADATA_KEY, rank_folders(filesystem), where=filesystem.description)
     finally:
         filesystem.close()
-    names = ranks_with(METADATA_KEY, keys)
     if not names:
         raise StoreNotFoundError(
             f"no buffer of RLinf's at {filesystem.description}: neither {METADATA_KEY} nor a folder rank_* that has one; "
@@ -237,6 +240,55 @@ def ranks_with(document: str, keys: Collection[str]) -> list[str]:
     """
     found = (key.split("/") for key in keys)
     return sorted(path[0] for path in found if len(path) == 2 and path[0].startswith("rank_") and path[1] == document)
+
+
+def rank_folders(filesystem: Filesystem) -> dict[str, frozenset[str]]:
+    """The folders ``rank_*`` of a place, and the names of what lies in each; a bucket has no empty folders."""
+    found: dict[str, frozenset[str]] = {}
+    if "://" in filesystem.url:
+        for info in filesystem.list_objects(""):
+            folder, _, below = info.key.partition("/")
+            if folder.startswith("rank_") and below:
+                found[folder] = found.get(folder, frozenset()) | {below.split("/")[0]}
+        return found
+    with filesystem.errors(""), contextlib.suppress(FileNotFoundError), os.scandir(filesystem.url) as entries:
+        for entry in entries:
+            if entry.name.startswith("rank_") and entry.is_dir():
+                found[entry.name] = frozenset(os.listdir(entry.path))
+    return found
+
+
+def all_ranks_with(document: str, folders: Mapping[str, Collection[str]], *, where: str) -> list[str]:
+    """Folders of ranks, in the order of their names, each of which holds a document; none if none does. Pure: no I/O.
+
+    Args:
+        document: Its name.
+        folders: Names of what lies in each.
+        where: Names the place in errors.
+
+    Raises:
+        MissingObjectError: Some hold it, and others do not: what these ranks saved would be left out.
+
+    Examples:
+        >>> folders = {"rank_1": ["metadata.json"], "rank_0": ["metadata.json", "trajectory_index.json"]}
+        >>> all_ranks_with("metadata.json", folders, where="it"), all_ranks_with("trajstore.json", folders, where="it")
+        (['rank_0', 'rank_1'], [])
+    """
+    lacking = sorted(name for name, inside in folders.items() if document not in inside)
+    if not lacking or len(lacking) == len(folders):
+        return [] if lacking else sorted(folders)
+    told = [f"{name} ({_kind(folders[name])})" for name in lacking[:_SHOWN]] + ["..."] * (len(lacking) > _SHOWN)
+    raise MissingObjectError(
+        f"{len(lacking)} of the {len(folders)} folders rank_* in {where} lack the {document} that the others have: "
+        f"{', '.join(told)}; restore what these ranks saved, save it in the format of the others, or move folders that are "
+        "no buffers elsewhere"
+    )
+
+
+def _kind(names: Collection[str]) -> str:
+    return next(
+        (kind for document, kind in _KINDS.items() if document in names), "no whole buffer" if names else "empty"
+    )
 
 
 def is_rlinf_directory(url: Url, *, storage_options: Mapping[str, Any] | None = None) -> bool:

@@ -92,7 +92,7 @@ def check_pickle(where: str, *, allow_pickle: bool) -> None:
     if not allow_pickle:
         raise UntrustedPickleError(
             f"{where} is a pickle: reading it can run any code that its writer chose; pass allow_pickle=True if you trust "
-            "it, or have it written with trajectory_format='pt'"
+            "it, or have its writer save .pt files"
         )
 
 
