@@ -25,7 +25,7 @@ from tests.support.s3_server import KEY, SECRET
 from trajstore import cli, console
 from trajstore.buffers.rlinf import TrajectoryReplayBuffer, import_directories, merge_or_split
 from trajstore.cli.common import parse_options
-from trajstore.errors import MissingObjectError, SchemaConflictError, StoreExistsError
+from trajstore.errors import MissingObjectError, SchemaConflictError, SelectionError, StoreExistsError
 
 FORMS = ["store", "pt"]
 
@@ -194,6 +194,21 @@ class TestMergeOrSplit:
             saved(f"{ranks}/rank_{rank}", made(1), "store" if rank else "pt")
         with pytest.raises(MissingObjectError, match=r"1 of the 3 .* rank_0 \(RLinf's files\)"):
             merge_or_split(ranks, f"{ranks}_merged")
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_result_among_the_sources_is_refused(self, tmp_path: Path, form: str) -> None:
+        ranks = tmp_path / "ranks"
+        for rank in range(2):
+            saved(ranks / f"rank_{rank}", made(2), form)
+        before = contents(tmp_path)
+        for out in (ranks, ranks / "rank_9", ranks / "rank_0" / "part"):
+            with pytest.raises(SelectionError, match="would take the result for a source; choose a place beside it"):
+                merge_or_split(ranks, out)
+        with pytest.raises(SelectionError, match="choose a place beside it"):
+            merge_or_split(ranks / "rank_0", ranks / "rank_0" / "part", split_count=1)
+        assert contents(tmp_path) == before
+        assert merge_or_split(ranks, ranks / "merged") == 4
+        assert merge_or_split(ranks, tmp_path / "again") == 4
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("there", FORMS)

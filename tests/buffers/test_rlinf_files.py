@@ -426,10 +426,14 @@ class TestWriting:
         with pytest.raises(StoreExistsError, match="overwrite=True"):
             RlinfWriter(tmp_path)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-        expected = list(enumerate(made(3, seed=9)))
-        write_directory(tmp_path, [(n, fields(t)) for n, t in expected], overwrite=True)
-        with RlinfDirectory(tmp_path) as directory:
-            assert_holds(directory, expected)
+        (tmp_path / "trajectory_notes.txt").touch()
+        for count in (5, 3):
+            expected = list(enumerate(made(count, seed=9)))
+            write_directory(tmp_path, [(n, fields(t)) for n, t in expected], overwrite=True)
+            with RlinfDirectory(tmp_path) as directory:
+                assert_holds(directory, expected)
+            assert len(list(tmp_path.glob("trajectory_*.pt"))) == count, "those of another buffer are gone"
+        assert (tmp_path / "trajectory_notes.txt").exists()
 
     def test_a_block_that_fails_leaves_no_index(self, tmp_path: Path) -> None:
         with contextlib.suppress(KeyError), RlinfWriter(tmp_path) as writer:

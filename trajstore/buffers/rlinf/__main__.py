@@ -15,10 +15,16 @@ from trajstore.names import flatten
 
 def main(
     load_path: Annotated[str, typer.Option(help="A checkpoint: a store, or RLinf's files; a path or a URL.")],
-    num_chunks: Annotated[int, typer.Option(help="Transitions to sample.", min=1)] = 1024,
-    cache_size: Annotated[int, typer.Option(help="Trajectories that the cache holds at least.", min=1)] = 5,
-    enable_cache: Annotated[bool, typer.Option("--enable-cache/--no-cache", help="Keep pages in memory.")] = True,
-    sample_window_size: Annotated[int, typer.Option(help="Sample from the last so many; 0 for all.", min=0)] = 100,
+    num_chunks: Annotated[int, typer.Option(help="Transitions to sample.", min=1, metavar="N")] = 1024,
+    cache_size: Annotated[
+        int, typer.Option(help="Trajectories that the cache holds at least.", min=1, metavar="N")
+    ] = 5,
+    enable_cache: Annotated[
+        bool, typer.Option("--enable-cache/--no-cache", help="Keep pages in memory.", metavar="")
+    ] = True,
+    sample_window_size: Annotated[
+        int, typer.Option(help="Sample from the last so many; 0 for all.", min=0, metavar="N")
+    ] = 100,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .pkl files, which can run any code.")
     ] = False,

@@ -32,6 +32,7 @@ from trajstore.interop.rlinf_files import (
     split_directory,
 )
 from trajstore.progress import counted
+from trajstore.read.bases import absolute
 from trajstore.schema import Schema
 from trajstore.storage.connect import connect, options_for
 from trajstore.store import Store
@@ -74,7 +75,8 @@ def merge_or_split(
         StoreNotFoundError: Nothing to merge or split.
         MissingObjectError: Some of the ``rank_*`` hold a buffer, and others none, or one of the other kind.
         SchemaConflictError: Stores whose trajectories have different fields.
-        SelectionError: Fewer trajectories than ``split_count``, several buffers to split, or no ``save_path``.
+        SelectionError: Fewer trajectories than ``split_count``, several buffers to split, no ``save_path``, or one in a
+            buffer that is read or among the ``rank_*``.
         StoreExistsError: A buffer is at ``save_path``.
     """
     source, out = os.fspath(source_path).rstrip("/"), os.fspath(save_path)
@@ -82,6 +84,8 @@ def merge_or_split(
         raise SelectionError("merge_or_split needs save_path=, a folder or a URL for the result")
     read_options, save_options = options_for(source, storage_options), options_for(out, storage_options)
     stores = _stores(source, read_options)
+    is_one = stores == [source] or (not stores and is_rlinf_directory(source, storage_options=read_options))
+    _check_beside(source, out, is_one=is_one)
     _check_free(out, save_options)
     if stores and split_count is not None and len(stores) > 1:
         raise SelectionError(f"{source} holds {len(stores)} buffers; split one of them, or merge them first")
@@ -227,6 +231,23 @@ def _rows(found: Sequence[rollouts.Found], places: Sequence[tuple[int, int]]) ->
         numbers[rows] = number
         order.append(rows)
     return np.concatenate(order) if order else np.empty(0, np.int64), numbers
+
+
+def _check_beside(source: str, out: str, *, is_one: bool) -> None:
+    """Raise ``SelectionError`` if the result would lie in a buffer that is read, or where the next merge takes it for one.
+
+    Args:
+        source: A buffer, or a folder of ``rank_*``.
+        out: Where the result goes.
+        is_one: Whether the source is a buffer.
+    """
+    one, other = absolute(source), absolute(out)
+    below = other.removeprefix(f"{one}/")
+    if other == one or (below != other and (is_one or below.startswith("rank_"))):
+        raise SelectionError(
+            f"save_path {out} is the source, or one of the buffers in it: the next merge would take the result for a "
+            "source; choose a place beside it"
+        )
 
 
 def _check_free(out: str, storage_options: Mapping[str, Any] | None) -> None:

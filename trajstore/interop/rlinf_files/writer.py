@@ -6,6 +6,7 @@ writer whose block ends with an error leaves no index.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +31,7 @@ from trajstore.storage.filesystem import Buffer, ObjectInfo
 # Files that are written, and on a disk synced, together.
 _TOGETHER_BYTES = 64 * 1024 * 1024
 _TOGETHER_FILES = 32
+_TRAJECTORY = re.compile(r"trajectory_\d+_.*\.(pt|pkl)")
 
 
 class RlinfWriter:
@@ -41,7 +43,8 @@ class RlinfWriter:
         seed: Of the buffer, for ``metadata.json``.
         trajectory_counter: The id that the next trajectory of the buffer gets; by default the largest id + 1.
         overwrite: Take the place of what was saved there before. Its index goes first, so that nobody takes a mixture of
-            the two for a buffer: killed in between, there is none. Files that the new index does not name stay.
+            the two for a buffer: killed in between, there is none. Its other trajectories go before the new index comes:
+            RLinf looks for files by their number.
         storage_options: For the filesystem of a URL.
 
     Raises:
@@ -138,6 +141,7 @@ class RlinfWriter:
         )
         try:
             self._write_pending()
+            self._remove_others()
             # Of two files the second may be lost: an index alone is not taken for a buffer.
             for key, data in ((INDEX_KEY, index_to_bytes(entries)), (METADATA_KEY, metadata.to_bytes())):
                 self._pending[key] = data
@@ -164,6 +168,11 @@ class RlinfWriter:
         if documents:
             self._filesystem.remove(sorted(documents))
             self._former -= documents
+
+    def _remove_others(self) -> None:
+        """Trajectories of the buffer that was saved there before."""
+        written = {f"{entry.file_stem()}.{self._format}" for entry in self._entries.values()}
+        self._filesystem.remove(sorted(key for key in self._former - written if _TRAJECTORY.fullmatch(key)))
 
     def _put(self, entry: Entry, data: Buffer) -> None:
         self._note(entry)
