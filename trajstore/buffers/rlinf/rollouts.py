@@ -107,14 +107,20 @@ def find(view: View) -> Found:
         SelectionError: It holds other trajectories.
     """
     table = view.to_pandas()
-    lacking = [name for name in (ID, STEPS, ENVS) if len(table) and name not in table]
-    if lacking:
-        raise SelectionError(
-            f"{view!r} holds no rollouts of a replay buffer: its trajectories have no field {lacking[0]!r}; name a store "
-            "that a TrajectoryReplayBuffer wrote, or sample this one with store.trajectories.loader()"
-        )
     if not len(table):
         return Found([], np.empty(0, np.int64), None)
+    for name in (ID, STEPS, ENVS):
+        others = int(table[name].isna().sum()) if name in table else len(table)
+        if others == len(table):
+            raise SelectionError(
+                f"{view!r} holds no rollouts of a replay buffer: its trajectories have no field {name!r}; name a store "
+                "that a TrajectoryReplayBuffer wrote, or sample this one with store.trajectories.loader()"
+            )
+        if others:
+            raise SelectionError(
+                f"{view!r} holds other trajectories beside the rollouts of a replay buffer: {others} have no field "
+                f"{name!r}; keep them in a store of their own, or sample all of them with store.trajectories.loader()"
+            )
     ids = table[ID].to_numpy(np.int64)
     steps, envs = table[STEPS].to_numpy(np.int64), table[ENVS].to_numpy(np.int64)
     ends = np.cumsum(view.lengths)
