@@ -154,6 +154,22 @@ class RowFormat:
         return MissingColumnError(f"column {missing[0]!r} is missing; every row needs {expected}")
 
 
+# What torch cannot select rows of on a CPU, and what has the same bits.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def select_rows(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows ``(n,)`` of a tensor ``[m, *shape]`` of any dtype, copied: ``[n, *shape]``.
+
+    >>> select_rows(torch.tensor([7, 8, 9], dtype=torch.uint16), torch.tensor([2, 0])).tolist()
+    [9, 7]
+    """
+    signed = _SIGNED.get(tensor.dtype)
+    if signed is None:
+        return tensor.index_select(0, indices)
+    return tensor.view(signed).index_select(0, indices).view(tensor.dtype)
+
+
 def _torch_dtype(column: Column) -> torch.dtype:
     dtype = getattr(torch, column.dtype, None)
     if not isinstance(dtype, torch.dtype) or column.ragged or column.extra:

@@ -28,6 +28,9 @@ from trajstore.view import View
 ID, WEIGHTS, EPISODE_LENGTH = "trajectory_id", "model_weights_id", "max_episode_length"
 STEPS, ENVS, ENV, SEED, REST = "rollout_steps", "rollout_envs", "env", "seed", "rest"
 
+_FOLLOWING = "next_curr_obs"  # what a view calls ``curr_obs`` a step on
+_NO_COLUMNS = frozenset([ID, STEPS, ENVS, ENV, SEED, REST, _FOLLOWING])
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -62,7 +65,7 @@ def taken_apart(fields: Mapping[str, Any]) -> Rollout | None:
         value = fields.get(name)
         if value is not None and not isinstance(value, kind):
             raise ColumnTypeError(f"field {name!r} is a {type(value).__name__}, expected {kind.__name__}")
-    return parts.take_apart(fields, *shape)
+    return parts.take_apart(fields, *shape, taken=_NO_COLUMNS)
 
 
 def append(
@@ -178,12 +181,12 @@ def share_of(count: int, rank: int, ranks: int) -> slice:
 
 def batch_columns(rollout_columns: Collection[str], shared: Collection[str]) -> list[str]:
     """What to ask a view for: the next observation is the current one a step on, where it is stored once."""
-    return [*rollout_columns, *(f"next_curr_obs/{name}" for name in sorted(shared))]
+    return [*rollout_columns, *(f"{_FOLLOWING}/{name}" for name in sorted(shared))]
 
 
 def as_batch(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch under the names of the original."""
-    following = batch.pop("next_curr_obs", None)
+    following = batch.pop(_FOLLOWING, None)
     if following is not None:
         batch["next_obs"] = _merged(following, batch.get("next_obs", {}))
     return parts.unescaped_keys(batch)
