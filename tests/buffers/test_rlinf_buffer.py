@@ -106,6 +106,8 @@ class TestKeywords:
                     buffer.load_checkpoint(tmp_path, is_distributed=True, **twice)
             buffer.load_checkpoint(tmp_path, local_rank=0, world_size=2)  # not distributed: all of it
             assert_parity(buffer, reference)
+            buffer.load_checkpoint(tmp_path, local_rank=3)
+            assert len(buffer) == 2
 
     @pytest.mark.parametrize("cache_bytes", [1, 1000, 100_000])
     def test_the_smallest_cache(self, tmp_path: Path, cache_bytes: int) -> None:

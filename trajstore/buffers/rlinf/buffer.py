@@ -322,7 +322,7 @@ class TrajectoryReplayBuffer:
         Args:
             load_path: A store, or a directory of RLinf's files; a path or a URL.
             is_distributed: Load only this rank's share of the trajectories, consecutive ones. A rank beyond their number
-                gets none, as with RLinf, and a ``UserWarning`` says so.
+                gets none, as with RLinf, and a ``UserWarning`` says so. Without it all are loaded, whatever the rank.
             local_rank: This rank; ``load_rank`` in the first generation.
             world_size: Ranks; ``load_split_num`` in the first generation.
             load_rank: As ``local_rank``.
@@ -336,9 +336,7 @@ class TrajectoryReplayBuffer:
             MissingObjectError: The index names files that are not there.
             CorruptionError: A file is not what it should be; the buffer is as it was.
         """
-        rank, ranks = rank_of(local_rank, world_size, load_rank, load_split_num)
-        if not is_distributed:
-            rank, ranks = 0, 1
+        rank, ranks = rank_of(local_rank, world_size, load_rank, load_split_num) if is_distributed else (0, 1)
         with self._lock:
             self._check_open()
             options = options_for(load_path, self._storage_options)
