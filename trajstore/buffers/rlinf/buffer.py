@@ -10,7 +10,8 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ import torch
 import trajstore
 from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.checkpoint import open_checkpoint, rank_of, rollouts_of, warn_of_none
-from trajstore.buffers.rlinf.holding import CacheKnobs, Holding, options_for
-from trajstore.buffers.rlinf.trajectory import fields_of
+from trajstore.buffers.rlinf.holding import Holding, options_for
+from trajstore.buffers.rlinf.resources import CacheKnobs
+from trajstore.buffers.rlinf.trajectory import check_list, fields_of
 from trajstore.buffers.rlinf.transfer import import_files
 from trajstore.edit.combine import Share
 from trajstore.errors import (
     ClosedError,
-    ColumnTypeError,
     EmptyBufferError,
     SelectionError,
     StoreExistsError,
@@ -56,7 +57,7 @@ class TrajectoryReplayBuffer:
         storage_dir: First generation: where the store is; ``""`` for a temporary folder that keeps everything.
         storage_format: First generation: as ``trajectory_format``.
         save_trajectories: First generation: with False, nothing outlives the buffer, and there are no checkpoints.
-        cache_bytes: Memory for pages, shared by all that samples.
+        cache_bytes: Memory for pages, shared by all that samples; 8 MiB at least.
         storage_options: For URLs: credentials, endpoint and so on.
         allow_pickle: Let ``load_checkpoint`` read ``.pkl`` files, which can run any code.
         copy_on_add: Copy tensors in ``add_trajectories`` itself. Otherwise they are read a little later by a thread, and a
@@ -133,6 +134,7 @@ class TrajectoryReplayBuffer:
         self._storage_options = storage_options
         self._lock = threading.RLock()
         self._closed = False
+        self._closing: Future[None] | None = None  # of close(wait=False)
         self._holding = Holding(
             os.fspath(storage_dir or (auto_save_path if auto_save else "")),
             keep=sample_window_size if window_only else 0,
@@ -187,10 +189,19 @@ class TrajectoryReplayBuffer:
                 list; nothing is added.
             ColumnNameError: Fields that differ between trajectories; nothing is added.
             StoreExistsError: A store with trajectories of an earlier run is at the buffer's place.
+            TrajstoreError: What failed in the background since the last call: some that were added before are lost, and of
+                this call nothing is added, as a note at the error says.
         """
         with self._lock:
             self._check_open()
-            _check_list(trajectories)
+            check_list(trajectories)
+            try:
+                self._holding.begin()
+            except Exception as error:
+                error.add_note(
+                    "This is of trajectories that were added before. Nothing of this call was added: call again."
+                )
+                raise
             taken = [(fields, rollouts.taken_apart(fields)) for fields in map(fields_of, trajectories)]
             whole = [(fields, rollout) for fields, rollout in taken if rollout is not None]
             if whole:
@@ -205,7 +216,9 @@ class TrajectoryReplayBuffer:
         ``clear_cache`` and ``close`` write everything as well.
 
         Raises:
-            TrajstoreError: What failed in the background: those trajectories are lost.
+            TrajstoreError: What failed in the background: those trajectories are lost, and counted no longer.
+            CommitError: Somebody else appends to this buffer's store, or deletes from it; ``sample`` and everything that
+                would replace what is there raise it too.
         """
         with self._lock:
             self._check_open()
@@ -248,7 +261,7 @@ class TrajectoryReplayBuffer:
 
         With ``trajectory_format="store"`` a store of its own: on the same disk its segments are hard links, within one
         bucket the server copies them, otherwise they are copied; a checkpoint that is there becomes its earlier version.
-        With ``"pt"`` or ``"pkl"``, RLinf's files.
+        With ``"pt"`` or ``"pkl"``, RLinf's files. At the buffer's own place there is nothing to do but ``flush``.
 
         Args:
             save_path: A folder, or any URL that trajstore opens.
@@ -286,6 +299,8 @@ class TrajectoryReplayBuffer:
                     total=self._holding.num_kept,
                     progress=bool(progress),
                 )
+            elif self._holding.is_at(save_path):
+                self._holding.flush()
             elif not self.size:
                 with trajstore.open(save_path, mode="a", storage_options=options) as empty:
                     empty.clear()
@@ -380,12 +395,22 @@ class TrajectoryReplayBuffer:
         """Hold nothing, and count from 0; what comes next may have other fields. Earlier versions of the store stay.
 
         After ``close`` only the counts are cleared: what is on disk stays.
+
+        Raises:
+            CommitError: Somebody else writes to the buffer's store; nothing is cleared.
+            TrajstoreError: What failed in the thread of ``close(wait=False)``; nothing is cleared.
         """
+        self._finish_closing()
         with self._lock:
             self._holding.clear()
 
     def clear_cache(self) -> None:
-        """Write what waits, and give memory and threads back; sampling reads pages again. May be called after ``close``."""
+        """Write what waits, and give memory and threads back; sampling reads pages again. May be called after ``close``.
+
+        Raises:
+            TrajstoreError: As ``flush``, or what failed in the thread of ``close(wait=False)``.
+        """
+        self._finish_closing()
         with self._lock:
             self._holding.release()
 
@@ -393,20 +418,39 @@ class TrajectoryReplayBuffer:
         """Write what waits, and end. May be called twice.
 
         Args:
-            wait: Until everything is durable; otherwise what waits is written in a thread.
+            wait: Until everything is durable; otherwise what waits is written in a thread, for which the next ``close()``,
+                ``clear`` or ``clear_cache`` waits.
+
+        Raises:
+            TrajstoreError: As ``flush``; the buffer is closed all the same.
         """
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            if wait:
+            closed, self._closed = self._closed, True
+            if not closed and wait:
                 self._holding.close()
-            else:
-                threading.Thread(target=self._end, name="trajstore-buffer-close").start()
+            elif not closed:
+                self._closing = Future()
+                threading.Thread(target=self._end, args=(self._closing,), name="trajstore-buffer-close").start()
+        if wait:
+            self._finish_closing()
 
-    def _end(self) -> None:
-        with self._lock:
-            self._holding.close()
+    def _end(self, done: Future[None]) -> None:
+        try:
+            with self._lock:
+                self._holding.close()
+        except BaseException as error:  # noqa: BLE001 - raised at the next call
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def _finish_closing(self) -> None:
+        """Wait for the thread of ``close(wait=False)``, without the lock, which it needs; raise once what failed there."""
+        closing = self._closing
+        if closing is not None:
+            error = closing.exception()
+            self._closing = None
+            if error is not None:
+                raise error
 
     def __enter__(self) -> TrajectoryReplayBuffer:
         return self
@@ -433,11 +477,3 @@ class TrajectoryReplayBuffer:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the buffer is closed; make another, and load_checkpoint() what it saved")
-
-
-def _check_list(trajectories: object) -> None:
-    """Raise for a trajectory that is in no list."""
-    if not isinstance(trajectories, Iterable):
-        raise ColumnTypeError("add_trajectories takes a list of trajectories; got one: pass [trajectory]")
-    if isinstance(trajectories, Mapping):
-        raise ColumnTypeError("add_trajectories takes a list of trajectories; got a dict: pass [Trajectory(**fields)]")

@@ -23,6 +23,7 @@ from trajstore.names import flatten, nest
 from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View
+from trajstore.write.batch import TrajectoryRef
 
 # Metadata fields of a piece.
 ID, WEIGHTS, EPISODE_LENGTH = "trajectory_id", "model_weights_id", "max_episode_length"
@@ -70,8 +71,8 @@ def taken_apart(fields: Mapping[str, Any]) -> Rollout | None:
 
 def append(
     store: Store, fields: Mapping[str, Any], rollout: Rollout, shared: Collection[str], *, number: int, seed: int
-) -> Entry:
-    """Append a rollout.
+) -> tuple[Entry, list[TrajectoryRef]]:
+    """Append a rollout; what it is called, and its pieces.
 
     Args:
         store: Of rollouts like this one.
@@ -97,10 +98,10 @@ def append(
     metadata: list[dict[str, Any]] = [{ENV: env} for env in cut.envs.tolist()]
     if rollout.rest:
         metadata[0][REST] = rollout.rest
-    store.append_many(
+    refs = store.append_many(
         cut.columns, cut.lengths, terminated=cut.terminated, truncated=cut.truncated, metadata=metadata, **about
     )
-    return Entry(number, rollout.steps, rollout.envs, len(cut.lengths))
+    return Entry(number, rollout.steps, rollout.envs, len(refs)), refs
 
 
 def find(view: View) -> Found:
