@@ -32,6 +32,7 @@ from trajstore.errors import (
     StoreNotFoundError,
 )
 from trajstore.interop.rlinf_files import RlinfDirectory, is_rlinf_directory, write_directory
+from trajstore.progress import is_shown
 from trajstore.store import Store
 
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -297,7 +298,7 @@ class TrajectoryReplayBuffer:
                     overwrite=True,
                     storage_options=options,
                     total=self._holding.num_kept,
-                    progress=bool(progress),
+                    progress=is_shown(progress, self._holding.kept_bytes),
                 )
             elif self._holding.is_at(save_path):
                 self._holding.flush()
@@ -342,7 +343,7 @@ class TrajectoryReplayBuffer:
             world_size: Ranks; ``load_split_num`` in the first generation.
             load_rank: As ``local_rank``.
             load_split_num: As ``world_size``.
-            progress: Show on standard error how far it is; by default in a terminal, if much is copied.
+            progress: Show on standard error how far it is; by default in a terminal, if it is much.
 
         Raises:
             StoreNotFoundError: Neither is there; if there are ``rank_*`` below, the error names them.
@@ -356,7 +357,7 @@ class TrajectoryReplayBuffer:
             self._check_open()
             options = options_for(load_path, self._storage_options)
             if is_rlinf_directory(load_path, storage_options=options):
-                self._load_files(load_path, rank, ranks, bool(progress), counted=not is_distributed)
+                self._load_files(load_path, rank, ranks, progress, counted=not is_distributed)
                 return
             url = os.fspath(load_path)
             if "://" not in url:
@@ -370,7 +371,7 @@ class TrajectoryReplayBuffer:
             self._reseed(self.seed if found.seed is None else found.seed)
 
     def _load_files(
-        self, path: str | os.PathLike[str], rank: int, ranks: int, progress: bool, *, counted: bool
+        self, path: str | os.PathLike[str], rank: int, ranks: int, progress: bool | None, *, counted: bool
     ) -> None:
         """Through a store of their own, so that a damaged file changes nothing."""
         with tempfile.TemporaryDirectory(prefix="trajstore-load-", dir=self._holding.folder) as folder:
@@ -381,9 +382,10 @@ class TrajectoryReplayBuffer:
             ):
                 warn_of_none(path, len(directory), rank, ranks, stacklevel=3)
                 ids = directory.ids[rollouts.share_of(len(directory), rank, ranks)]
-                import_files(directory, staged, ids, allow_pickle=self._allow_pickle, seed=self.seed, progress=progress)
+                shown = is_shown(progress, sum(file.nbytes for file in directory.select(ids)))
+                import_files(directory, staged, ids, allow_pickle=self._allow_pickle, seed=self.seed, progress=shown)
                 view = staged.trajectories
-                self._holding.take_over(view, rollouts.find(view), url, 0, 1, share="copy")
+                self._holding.take_over(view, rollouts.find(view), url, 0, 1, share="link", progress=progress)
         if counted:  # ids are never given twice, whatever the file says
             self._holding.next_id = max(self._holding.next_id, directory.metadata.trajectory_counter)
         if directory.metadata.seed is not None:

@@ -115,6 +115,12 @@ class Holding:
         return min(len(self.index), self.keep) if self.keep else len(self.index)
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of these, as they were given."""
+        samples = self.index.window(self.keep).num_samples
+        return samples * parts.sample_bytes(self._opened().schema) if samples else 0
+
+    @property
     def folder(self) -> str | None:
         """A folder on the disk of the store; None if that is not on one."""
         if "://" in self.url:
