@@ -20,7 +20,7 @@ import trajstore
 from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.checkpoint import open_checkpoint, rank_of, rollouts_of, warn_of_none
 from trajstore.buffers.rlinf.holding import Holding, options_for
-from trajstore.buffers.rlinf.resources import CacheKnobs
+from trajstore.buffers.rlinf.resources import CacheKnobs, new_log_folder
 from trajstore.buffers.rlinf.trajectory import check_list, fields_of
 from trajstore.buffers.rlinf.transfer import import_files
 from trajstore.edit.combine import Share
@@ -52,7 +52,8 @@ class TrajectoryReplayBuffer:
         auto_save: Keep the store at ``auto_save_path``. Otherwise it is in a temporary folder, which is removed with the
             buffer and keeps the newest ``sample_window_size`` trajectories (RLinf's rule); if ``load_checkpoint`` loaded
             more, as many as it loaded.
-        auto_save_path: For ``auto_save``: a path, or any URL that trajstore opens.
+        auto_save_path: For ``auto_save``: a path, or any URL that trajstore opens; ``""`` for a new folder under ``logs``
+            of the working directory. With ``auto_save=False`` it is not used. One buffer at a time may write there.
         trajectory_format: What ``save_checkpoint`` writes: ``"store"`` (the default), or RLinf's files, ``"pt"`` or
             ``"pkl"``.
         storage_dir: First generation: where the store is; ``""`` for a temporary folder that keeps everything.
@@ -105,8 +106,14 @@ class TrajectoryReplayBuffer:
             )
         if trajectory_format is not None and storage_format is not None:
             raise SelectionError("trajectory_format= and storage_format= mean the same; give one")
-        if auto_save and not os.fspath(auto_save_path):
-            raise SelectionError("auto_save=True needs auto_save_path=, a folder or a URL for the store")
+        place = os.fspath(storage_dir or "")
+        if auto_save:
+            place = os.fspath(auto_save_path) or new_log_folder()
+        elif auto_save is None and os.fspath(auto_save_path):
+            raise SelectionError(
+                f"auto_save_path={os.fspath(auto_save_path)!r} without auto_save=: nothing would be kept there; pass "
+                "auto_save=True as well, or auto_save=False to say that nothing should be"
+            )
         if save_trajectories is False and not enable_cache:
             raise SelectionError(
                 "save_trajectories=False keeps trajectories in the cache only: enable_cache=False leaves nowhere"
@@ -137,7 +144,7 @@ class TrajectoryReplayBuffer:
         self._closed = False
         self._closing: Future[None] | None = None  # of close(wait=False)
         self._holding = Holding(
-            os.fspath(storage_dir or (auto_save_path if auto_save else "")),
+            place,
             keep=sample_window_size if window_only else 0,
             cache=CacheKnobs(cache_bytes, cache_size, enable_cache),
             storage_options=storage_options,

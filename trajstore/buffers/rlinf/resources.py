@@ -5,7 +5,10 @@ Invariant: all of it is given back, by ``close`` or when the buffer is collected
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
+import uuid
 from dataclasses import dataclass
 
 from trajstore.storage.workers import Workers
@@ -61,3 +64,9 @@ class Resources:
         finally:
             if self.folder is not None:
                 shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def new_log_folder() -> str:
+    """A place for the store of a buffer that is to be kept and was given none; RLinf's is its log directory."""
+    name = f"replay-buffer-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
+    return os.path.abspath(os.path.join("logs", name))
