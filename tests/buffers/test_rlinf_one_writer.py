@@ -297,7 +297,16 @@ class TestInterrupts:
 
 class TestClosingWithoutWaiting:
     @pytest.mark.parametrize("call", ["clear", "clear_cache", "close"])
-    def test_what_waits_is_written_whatever_comes_next(self, tmp_path: Path, call: str) -> None:
+    def test_what_waits_is_written_whatever_comes_next(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        end = TrajectoryReplayBuffer._end
+
+        def late(*arguments: Any) -> None:
+            time.sleep(0.2)
+            end(*arguments)
+
+        monkeypatch.setattr(TrajectoryReplayBuffer, "_end", late)
         buffer = at(tmp_path / "run")
         buffer.add_trajectories(numbered(1))
         buffer.flush()
