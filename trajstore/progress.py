@@ -25,6 +25,16 @@ T = TypeVar("T")
 _LONG_BYTES = 64 << 20
 
 
+def is_shown(shown: bool | None, nbytes: int) -> bool:
+    """Whether to draw a bar on standard error.
+
+    Args:
+        shown: What was asked for; None for only if that is a terminal and the work may take a while.
+        nbytes: How much work it is.
+    """
+    return Console(stderr=True).is_terminal and nbytes >= _LONG_BYTES if shown is None else shown
+
+
 def counted(items: Iterable[T], *, total: int | None, what: str, shown: bool) -> Iterator[T]:
     """The items, with a bar on standard error while they are taken.
 
@@ -62,8 +72,7 @@ def byte_progress(title: str, total: int, *, shown: bool | None) -> Iterator[Cal
         total: Bytes in all.
         shown: Whether to draw it, on standard error; None for only if that is a terminal and the work may take a while.
     """
-    console = Console(stderr=True)
-    if not (console.is_terminal and total >= _LONG_BYTES if shown is None else shown):
+    if not is_shown(shown, total):
         yield lambda _: None
         return
     bar = Progress(
@@ -72,7 +81,7 @@ def byte_progress(title: str, total: int, *, shown: bool | None) -> Iterator[Cal
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=Console(stderr=True),
     )
     with bar:
         task = bar.add_task("", total=total)

@@ -199,6 +199,27 @@ class TestBadInput:
         match = "no field 'trajectory_id'; name a store that a TrajectoryReplayBuffer wrote, or sample this one with"
         self.refused(buffer, SelectionError, match, lambda: buffer.load_checkpoint(tmp_path / "other"))
 
+    def test_rollouts_among_other_trajectories(self, buffer: TrajectoryReplayBuffer, tmp_path: Path) -> None:
+        saved_at(tmp_path / "c", made(1))
+        with trajstore.open(tmp_path / "c", "a") as store:
+            rows = {c.path: torch.zeros(3 + c.extra, *c.shape, dtype=getattr(torch, c.dtype)) for c in store.schema}
+            store.append(rows)
+        match = "holds other trajectories beside the rollouts of a replay buffer: 1 have no field 'trajectory_id'; keep them"
+        self.refused(buffer, SelectionError, match, lambda: buffer.load_checkpoint(tmp_path / "c"))
+
+    def test_a_mistyped_path_is_not_walked(
+        self, buffer: TrajectoryReplayBuffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "home/deep/rank_0").mkdir(parents=True)
+        (tmp_path / "home/rank_0/old").mkdir(parents=True)
+
+        def walk(*_: Any, **__: Any) -> Iterator[Any]:
+            raise AssertionError("everything below was listed")
+
+        monkeypatch.setattr(os, "walk", walk)
+        with pytest.raises(StoreNotFoundError, match=r"no checkpoint at .*home: neither"):
+            buffer.load_checkpoint(tmp_path / "home")
+
     def test_importing_a_store(self, tmp_path: Path) -> None:
         for rank in range(2):
             saved_at(tmp_path / "ranks" / f"rank_{rank}", made(1))

@@ -82,6 +82,27 @@ class TestKeywords:
             buffer.sample(1)
         assert not (tmp_path / "run").exists()
 
+    def test_a_place_without_its_switch(self, tmp_path: Path) -> None:
+        with pytest.raises(SelectionError, match=r"auto_save_path='.*run' without auto_save=: .* pass auto_save=True"):
+            TrajectoryReplayBuffer(auto_save_path=tmp_path / "run")
+
+    def test_a_switch_without_a_place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with TrajectoryReplayBuffer(auto_save=True) as buffer, TrajectoryReplayBuffer(auto_save=True) as other:
+            for number, one in enumerate((buffer, other)):
+                one.add_trajectories(made(number + 1))
+            monkeypatch.chdir("/")
+            buffer.clear_cache()
+            assert_parity(buffer, reference_of(made(1)))
+        places = sorted((tmp_path / "logs").iterdir(), key=lambda place: place.stat().st_ctime)
+        assert all(place.name.startswith("replay-buffer-") for place in places)
+        assert {str(place) in repr(buffer) for place in places} == {True, False}
+        held = []
+        for place in places:
+            with trajstore.open(place) as store:
+                held.append(len(rollouts.find(store.trajectories).entries))
+        assert sorted(held) == [1, 2]
+
     @pytest.mark.parametrize(
         "wrong",
         [
@@ -106,6 +127,8 @@ class TestKeywords:
                     buffer.load_checkpoint(tmp_path, is_distributed=True, **twice)
             buffer.load_checkpoint(tmp_path, local_rank=0, world_size=2)  # not distributed: all of it
             assert_parity(buffer, reference)
+            buffer.load_checkpoint(tmp_path, local_rank=3)
+            assert len(buffer) == 2
 
     @pytest.mark.parametrize("cache_bytes", [1, 1000, 100_000])
     def test_the_smallest_cache(self, tmp_path: Path, cache_bytes: int) -> None:

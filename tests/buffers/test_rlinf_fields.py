@@ -112,3 +112,74 @@ class TestFields:
                 place.rename(tmp_path / "before")  # the buffer needs it no longer
                 reference.generator.manual_seed(reference.seed)
                 assert_parity(buffer, reference)
+
+
+def assert_kept(place: Path, trajectories: list[Any]) -> None:
+    """Fields and batches, before and after checkpoints of both kinds."""
+    expected = {str(n): plain(fields(trajectory)) for n, trajectory in enumerate(trajectories)}
+    reference = reference_of(trajectories)
+    with TrajectoryReplayBuffer() as buffer:
+        buffer.add_trajectories(trajectories)
+        assert_parity(buffer, reference)
+        for form in ("store", "pt"):
+            buffer.trajectory_format = form
+            buffer.save_checkpoint(place / form)
+            buffer.load_checkpoint(place / form)
+            assert_same(stored_fields(buffer), expected)
+            reference.generator.manual_seed(reference.seed)
+            assert_parity(buffer, reference)
+
+
+def stepping(number: int = 0, **more: Any) -> Trajectory:
+    """Six steps of two environments, whose next observation is that of the next step; with more fields."""
+    states = torch.arange(7.0)[:, None, None].expand(-1, 2, 3) + 100 * number
+    trajectory = Trajectory(rewards=torch.rand(6, 2), curr_obs={"states": states[:-1]}, next_obs={"states": states[1:]})
+    for name, value in more.items():
+        setattr(trajectory, name, value)
+    return trajectory
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "env", "rest", "trajectory_id", "rollout_steps", "rollout_envs", "next_curr_obs", "Seed", "~73eed"]
+)
+@pytest.mark.parametrize("kind", ["tensor", "tensors", "number"])
+def test_fields_that_the_store_has_its_own_use_for(tmp_path: Path, name: str, kind: str) -> None:
+    kinds = {"tensor": torch.arange(12.0).view(6, 2), "number": 7}
+    value = kinds.get(kind, {"states": torch.arange(12.0).view(6, 2, 1), name: torch.ones(6, 2)})
+    assert_kept(tmp_path, [stepping(number, **{name: value}) for number in range(2)])
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_such_a_field_is_called_by_its_name_in_errors(lacks: bool) -> None:
+    one, other = stepping(seed=torch.ones(6, 2)), stepping()
+    with TrajectoryReplayBuffer() as buffer:
+        buffer.add_trajectories([one if lacks else other])
+        with pytest.raises(ValueError, match="lacks 'seed'" if lacks else "has 'seed' besides"):
+            buffer.add_trajectories([other if lacks else one])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize("shape", [(), (1,), (4, 2)])
+def test_unsigned_integers(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def values(rows: int = 6) -> torch.Tensor:
+        return torch.randint(0, 2**16, (rows, 2, *shape), generator=generator).to(dtype)
+
+    trajectories = []
+    for number in range(2):
+        trajectory = stepping(
+            number, extra=values(), dones=values(7) if number else torch.zeros(7, 2, *shape, dtype=dtype)
+        )
+        states = values(7)
+        trajectory.curr_obs["unsigned"], trajectory.next_obs["unsigned"] = states[:-1], states[1:].clone()
+        trajectory.next_obs["unsigned"][3] = values(1)[0]  # an exception
+        trajectories.append(trajectory)
+    assert_kept(tmp_path, trajectories)
+
+
+def test_a_sparse_tensor_is_refused_before_anything_is_filed() -> None:
+    with TrajectoryReplayBuffer() as buffer:
+        with pytest.raises(ValueError, match=r"field 'extra' is a sparse tensor; pass its to_dense\(\)"):
+            buffer.add_trajectories([stepping(extra=torch.eye(6, 2).to_sparse())])
+        assert len(buffer) == 0

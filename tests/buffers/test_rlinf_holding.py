@@ -19,6 +19,7 @@ from tests.buffers.test_rlinf_parity import assert_parity
 from tests.support.rlinf_reference import ReferenceBuffer, random_trajectory
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
 from trajstore.buffers.rlinf.arrange import merge_or_split
+from trajstore.edit.combine import combine
 from trajstore.errors import ClosedError, ColumnTypeError, CorruptionError, SelectionError, UntrustedBaseError
 from trajstore.read.bases import refers_to
 
@@ -250,6 +251,51 @@ class TestTitles:
         capfd.readouterr()
         merge_or_split(tmp_path / "c", tmp_path / "part", split_count=1, copy=copy, progress=True)
         assert capfd.readouterr().err.startswith(title + " ")
+
+    @pytest.mark.parametrize(("form", "titles"), [("pt", ["writing", "reading"]), ("store", ["linking", "linking"])])
+    def test_by_default_in_a_terminal_if_it_is_much(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        form: str,
+        titles: Any,
+    ) -> None:
+        with TrajectoryReplayBuffer(trajectory_format=form) as buffer:
+            buffer.add_trajectories(some(2))
+            monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+            for number, least in enumerate((1 << 20, 1)):
+                monkeypatch.setattr("trajstore.progress._LONG_BYTES", least)
+                buffer.save_checkpoint(tmp_path / f"c{number}")
+                written = capsys.readouterr().err
+                with TrajectoryReplayBuffer() as other:
+                    other.load_checkpoint(tmp_path / f"c{number}")
+                read = capsys.readouterr().err
+                shown = [title in err for title, err in zip(titles, (written, read), strict=True)]
+                assert shown == [least == 1] * 2
+
+
+class TestRlinfsFiles:
+    def test_are_written_once_when_they_are_loaded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with TrajectoryReplayBuffer(trajectory_format="pt") as buffer:
+            buffer.add_trajectories(some(5))
+            buffer.save_checkpoint(tmp_path / "files")
+        copied = []
+
+        def combined(*sources: Any, **knobs: Any) -> Any:
+            done = combine(*sources, **knobs)
+            copied.append(done.written_bytes)
+            return done
+
+        monkeypatch.setattr("trajstore.buffers.rlinf.holding.combine", combined)
+        with TrajectoryReplayBuffer(auto_save=True, auto_save_path=tmp_path / "run") as buffer:
+            buffer.load_checkpoint(tmp_path / "files")
+            segments = [path.stat() for path in (tmp_path / "run/segments").rglob("*") if path.is_file()]
+            manifests = [path.stat() for path in (tmp_path / "run/manifests").rglob("*") if path.is_file()]
+            assert copied == [sum(found.st_size for found in manifests)]
+            assert sum(found.st_size for found in segments) > 0
+            assert {found.st_nlink for found in segments} == {1}  # the other name is gone
+            assert len(buffer) == 5
 
 
 class TestGivingBack:

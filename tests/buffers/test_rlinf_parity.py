@@ -444,7 +444,7 @@ class TestBadInput:
             {"storage_dir": "a", "auto_save": True, "auto_save_path": "b"},
             {"storage_format": "pt", "trajectory_format": "pkl"},
             {"trajectory_format": "npz"},
-            {"auto_save": True},
+            {"auto_save_path": "b"},
             {"sample_window_size": -1},
             {"cache_size": -1},
         ):

@@ -134,6 +134,11 @@ class FilesystemConformance:
         assert {i.key for i in filesystem.list_objects("")} == {"a/1", "a/b/2", "ab/3", "4"}
         assert list(filesystem.list_objects("none")) == []
 
+    def test_folders_at_the_top(self, filesystem: Filesystem) -> None:
+        assert filesystem.list_folders() == []
+        filesystem.store({"b/1": [b"1"], "a/c/2": [b"22"], "ab/3": [b"333"], "4": [b""]})
+        assert filesystem.list_folders() == ["a", "ab", "b"]
+
     def test_a_listing_says_when_objects_were_written(self, filesystem: Filesystem) -> None:
         begun = dt.datetime.now(dt.UTC) - dt.timedelta(
             seconds=2

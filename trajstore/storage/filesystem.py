@@ -139,6 +139,10 @@ class Filesystem(ABC):
     def list_objects(self, prefix: str) -> Iterable[ObjectInfo]:
         """All objects under ``prefix/``, or of the whole store for ``""``; nothing if there are none."""
 
+    def list_folders(self) -> list[str]:
+        """Names of the folders at the top, sorted, some of which may be empty. Does not look into them where it can."""
+        return sorted({info.key.split("/", 1)[0] for info in self.list_objects("") if "/" in info.key})
+
     @abstractmethod
     def remove(self, keys: Sequence[str]) -> None:
         """Remove objects that nothing refers to; one that is not there is none to remove."""

@@ -174,6 +174,16 @@ class LocalFilesystem(Filesystem):
                     changed = dt.datetime.fromtimestamp(found.st_ctime, dt.UTC)
                     yield ObjectInfo(f"{above}/{name}" if above else name, found.st_size, changed)
 
+    def list_folders(self) -> list[str]:
+        """Names of the folders at the top, sorted."""
+        with (
+            self.errors(""),
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(self.root) as found,
+        ):
+            return sorted(entry.name for entry in found if entry.is_dir())
+        return []
+
     def remove(self, keys: Sequence[str]) -> None:
         """Remove files, and folders that they leave empty."""
         folders: set[str] = set()

@@ -138,6 +138,16 @@ class RemoteFilesystem(Filesystem):
         for path, info in sorted(found.items()):
             yield ObjectInfo(path[len(self.root) + 1 :], int(info["size"]), _modified(info))
 
+    def list_folders(self) -> list[str]:
+        """Names of the folders at the top, sorted."""
+        with self.errors(self.url):
+            try:
+                found = self.fs.ls(self.root, detail=True)
+            except FileNotFoundError:
+                return []
+        folders = (info["name"].rstrip("/") for info in found if info["type"] == "directory")
+        return sorted(path.rsplit("/", 1)[-1] for path in folders)
+
     def remove(self, keys: Sequence[str]) -> None:
         """Remove objects, many with one request where the storage can."""
         for lot in [keys[i : i + _REMOVED_TOGETHER] for i in range(0, len(keys), _REMOVED_TOGETHER)]:

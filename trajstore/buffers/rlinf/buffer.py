@@ -10,7 +10,8 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -18,19 +19,20 @@ import torch
 import trajstore
 from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.checkpoint import open_checkpoint, rank_of, rollouts_of, warn_of_none
-from trajstore.buffers.rlinf.holding import CacheKnobs, Holding, options_for
-from trajstore.buffers.rlinf.trajectory import fields_of
+from trajstore.buffers.rlinf.holding import Holding, options_for
+from trajstore.buffers.rlinf.resources import CacheKnobs, new_log_folder
+from trajstore.buffers.rlinf.trajectory import check_list, fields_of
 from trajstore.buffers.rlinf.transfer import import_files
 from trajstore.edit.combine import Share
 from trajstore.errors import (
     ClosedError,
-    ColumnTypeError,
     EmptyBufferError,
     SelectionError,
     StoreExistsError,
     StoreNotFoundError,
 )
 from trajstore.interop.rlinf_files import RlinfDirectory, is_rlinf_directory, write_directory
+from trajstore.progress import is_shown
 from trajstore.store import Store
 
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -50,13 +52,14 @@ class TrajectoryReplayBuffer:
         auto_save: Keep the store at ``auto_save_path``. Otherwise it is in a temporary folder, which is removed with the
             buffer and keeps the newest ``sample_window_size`` trajectories (RLinf's rule); if ``load_checkpoint`` loaded
             more, as many as it loaded.
-        auto_save_path: For ``auto_save``: a path, or any URL that trajstore opens.
+        auto_save_path: For ``auto_save``: a path, or any URL that trajstore opens; ``""`` for a new folder under ``logs``
+            of the working directory. With ``auto_save=False`` it is not used. One buffer at a time may write there.
         trajectory_format: What ``save_checkpoint`` writes: ``"store"`` (the default), or RLinf's files, ``"pt"`` or
             ``"pkl"``.
         storage_dir: First generation: where the store is; ``""`` for a temporary folder that keeps everything.
         storage_format: First generation: as ``trajectory_format``.
         save_trajectories: First generation: with False, nothing outlives the buffer, and there are no checkpoints.
-        cache_bytes: Memory for pages, shared by all that samples.
+        cache_bytes: Memory for pages, shared by all that samples; 8 MiB at least.
         storage_options: For URLs: credentials, endpoint and so on.
         allow_pickle: Let ``load_checkpoint`` read ``.pkl`` files, which can run any code.
         copy_on_add: Copy tensors in ``add_trajectories`` itself. Otherwise they are read a little later by a thread, and a
@@ -103,8 +106,14 @@ class TrajectoryReplayBuffer:
             )
         if trajectory_format is not None and storage_format is not None:
             raise SelectionError("trajectory_format= and storage_format= mean the same; give one")
-        if auto_save and not os.fspath(auto_save_path):
-            raise SelectionError("auto_save=True needs auto_save_path=, a folder or a URL for the store")
+        place = os.fspath(storage_dir or "")
+        if auto_save:
+            place = os.fspath(auto_save_path) or new_log_folder()
+        elif auto_save is None and os.fspath(auto_save_path):
+            raise SelectionError(
+                f"auto_save_path={os.fspath(auto_save_path)!r} without auto_save=: nothing would be kept there; pass "
+                "auto_save=True as well, or auto_save=False to say that nothing should be"
+            )
         if save_trajectories is False and not enable_cache:
             raise SelectionError(
                 "save_trajectories=False keeps trajectories in the cache only: enable_cache=False leaves nowhere"
@@ -133,8 +142,9 @@ class TrajectoryReplayBuffer:
         self._storage_options = storage_options
         self._lock = threading.RLock()
         self._closed = False
+        self._closing: Future[None] | None = None  # of close(wait=False)
         self._holding = Holding(
-            os.fspath(storage_dir or (auto_save_path if auto_save else "")),
+            place,
             keep=sample_window_size if window_only else 0,
             cache=CacheKnobs(cache_bytes, cache_size, enable_cache),
             storage_options=storage_options,
@@ -187,10 +197,19 @@ class TrajectoryReplayBuffer:
                 list; nothing is added.
             ColumnNameError: Fields that differ between trajectories; nothing is added.
             StoreExistsError: A store with trajectories of an earlier run is at the buffer's place.
+            TrajstoreError: What failed in the background since the last call: some that were added before are lost, and of
+                this call nothing is added, as a note at the error says.
         """
         with self._lock:
             self._check_open()
-            _check_list(trajectories)
+            check_list(trajectories)
+            try:
+                self._holding.begin()
+            except Exception as error:
+                error.add_note(
+                    "This is of trajectories that were added before. Nothing of this call was added: call again."
+                )
+                raise
             taken = [(fields, rollouts.taken_apart(fields)) for fields in map(fields_of, trajectories)]
             whole = [(fields, rollout) for fields, rollout in taken if rollout is not None]
             if whole:
@@ -205,7 +224,9 @@ class TrajectoryReplayBuffer:
         ``clear_cache`` and ``close`` write everything as well.
 
         Raises:
-            TrajstoreError: What failed in the background: those trajectories are lost.
+            TrajstoreError: What failed in the background: those trajectories are lost, and counted no longer.
+            CommitError: Somebody else appends to this buffer's store, or deletes from it; ``sample`` and everything that
+                would replace what is there raise it too.
         """
         with self._lock:
             self._check_open()
@@ -248,7 +269,7 @@ class TrajectoryReplayBuffer:
 
         With ``trajectory_format="store"`` a store of its own: on the same disk its segments are hard links, within one
         bucket the server copies them, otherwise they are copied; a checkpoint that is there becomes its earlier version.
-        With ``"pt"`` or ``"pkl"``, RLinf's files.
+        With ``"pt"`` or ``"pkl"``, RLinf's files. At the buffer's own place there is nothing to do but ``flush``.
 
         Args:
             save_path: A folder, or any URL that trajstore opens.
@@ -284,8 +305,10 @@ class TrajectoryReplayBuffer:
                     overwrite=True,
                     storage_options=options,
                     total=self._holding.num_kept,
-                    progress=bool(progress),
+                    progress=is_shown(progress, self._holding.kept_bytes),
                 )
+            elif self._holding.is_at(save_path):
+                self._holding.flush()
             elif not self.size:
                 with trajstore.open(save_path, mode="a", storage_options=options) as empty:
                     empty.clear()
@@ -322,12 +345,12 @@ class TrajectoryReplayBuffer:
         Args:
             load_path: A store, or a directory of RLinf's files; a path or a URL.
             is_distributed: Load only this rank's share of the trajectories, consecutive ones. A rank beyond their number
-                gets none, as with RLinf, and a ``UserWarning`` says so.
+                gets none, as with RLinf, and a ``UserWarning`` says so. Without it all are loaded, whatever the rank.
             local_rank: This rank; ``load_rank`` in the first generation.
             world_size: Ranks; ``load_split_num`` in the first generation.
             load_rank: As ``local_rank``.
             load_split_num: As ``world_size``.
-            progress: Show on standard error how far it is; by default in a terminal, if much is copied.
+            progress: Show on standard error how far it is; by default in a terminal, if it is much.
 
         Raises:
             StoreNotFoundError: Neither is there; if there are ``rank_*`` below, the error names them.
@@ -336,14 +359,12 @@ class TrajectoryReplayBuffer:
             MissingObjectError: The index names files that are not there.
             CorruptionError: A file is not what it should be; the buffer is as it was.
         """
-        rank, ranks = rank_of(local_rank, world_size, load_rank, load_split_num)
-        if not is_distributed:
-            rank, ranks = 0, 1
+        rank, ranks = rank_of(local_rank, world_size, load_rank, load_split_num) if is_distributed else (0, 1)
         with self._lock:
             self._check_open()
             options = options_for(load_path, self._storage_options)
             if is_rlinf_directory(load_path, storage_options=options):
-                self._load_files(load_path, rank, ranks, bool(progress), counted=not is_distributed)
+                self._load_files(load_path, rank, ranks, progress, counted=not is_distributed)
                 return
             url = os.fspath(load_path)
             if "://" not in url:
@@ -357,7 +378,7 @@ class TrajectoryReplayBuffer:
             self._reseed(self.seed if found.seed is None else found.seed)
 
     def _load_files(
-        self, path: str | os.PathLike[str], rank: int, ranks: int, progress: bool, *, counted: bool
+        self, path: str | os.PathLike[str], rank: int, ranks: int, progress: bool | None, *, counted: bool
     ) -> None:
         """Through a store of their own, so that a damaged file changes nothing."""
         with tempfile.TemporaryDirectory(prefix="trajstore-load-", dir=self._holding.folder) as folder:
@@ -368,9 +389,10 @@ class TrajectoryReplayBuffer:
             ):
                 warn_of_none(path, len(directory), rank, ranks, stacklevel=3)
                 ids = directory.ids[rollouts.share_of(len(directory), rank, ranks)]
-                import_files(directory, staged, ids, allow_pickle=self._allow_pickle, seed=self.seed, progress=progress)
+                shown = is_shown(progress, sum(file.nbytes for file in directory.select(ids)))
+                import_files(directory, staged, ids, allow_pickle=self._allow_pickle, seed=self.seed, progress=shown)
                 view = staged.trajectories
-                self._holding.take_over(view, rollouts.find(view), url, 0, 1, share="copy")
+                self._holding.take_over(view, rollouts.find(view), url, 0, 1, share="link", progress=progress)
         if counted:  # ids are never given twice, whatever the file says
             self._holding.next_id = max(self._holding.next_id, directory.metadata.trajectory_counter)
         if directory.metadata.seed is not None:
@@ -382,12 +404,22 @@ class TrajectoryReplayBuffer:
         """Hold nothing, and count from 0; what comes next may have other fields. Earlier versions of the store stay.
 
         After ``close`` only the counts are cleared: what is on disk stays.
+
+        Raises:
+            CommitError: Somebody else writes to the buffer's store; nothing is cleared.
+            TrajstoreError: What failed in the thread of ``close(wait=False)``; nothing is cleared.
         """
+        self._finish_closing()
         with self._lock:
             self._holding.clear()
 
     def clear_cache(self) -> None:
-        """Write what waits, and give memory and threads back; sampling reads pages again. May be called after ``close``."""
+        """Write what waits, and give memory and threads back; sampling reads pages again. May be called after ``close``.
+
+        Raises:
+            TrajstoreError: As ``flush``, or what failed in the thread of ``close(wait=False)``.
+        """
+        self._finish_closing()
         with self._lock:
             self._holding.release()
 
@@ -395,20 +427,39 @@ class TrajectoryReplayBuffer:
         """Write what waits, and end. May be called twice.
 
         Args:
-            wait: Until everything is durable; otherwise what waits is written in a thread.
+            wait: Until everything is durable; otherwise what waits is written in a thread, for which the next ``close()``,
+                ``clear`` or ``clear_cache`` waits.
+
+        Raises:
+            TrajstoreError: As ``flush``; the buffer is closed all the same.
         """
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            if wait:
+            closed, self._closed = self._closed, True
+            if not closed and wait:
                 self._holding.close()
-            else:
-                threading.Thread(target=self._end, name="trajstore-buffer-close").start()
+            elif not closed:
+                self._closing = Future()
+                threading.Thread(target=self._end, args=(self._closing,), name="trajstore-buffer-close").start()
+        if wait:
+            self._finish_closing()
 
-    def _end(self) -> None:
-        with self._lock:
-            self._holding.close()
+    def _end(self, done: Future[None]) -> None:
+        try:
+            with self._lock:
+                self._holding.close()
+        except BaseException as error:  # noqa: BLE001 - raised at the next call
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def _finish_closing(self) -> None:
+        """Wait for the thread of ``close(wait=False)``, without the lock, which it needs; raise once what failed there."""
+        closing = self._closing
+        if closing is not None:
+            error = closing.exception()
+            self._closing = None
+            if error is not None:
+                raise error
 
     def __enter__(self) -> TrajectoryReplayBuffer:
         return self
@@ -435,11 +486,3 @@ class TrajectoryReplayBuffer:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the buffer is closed; make another, and load_checkpoint() what it saved")
-
-
-def _check_list(trajectories: object) -> None:
-    """Raise for a trajectory that is in no list."""
-    if not isinstance(trajectories, Iterable):
-        raise ColumnTypeError("add_trajectories takes a list of trajectories; got one: pass [trajectory]")
-    if isinstance(trajectories, Mapping):
-        raise ColumnTypeError("add_trajectories takes a list of trajectories; got a dict: pass [Trajectory(**fields)]")

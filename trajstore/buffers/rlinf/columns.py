@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trajstore.buffers.rows import select_rows
 from trajstore.errors import ColumnNameError, ColumnShapeError, ColumnTypeError, CorruptionError, SelectionError
 from trajstore.names import nest
 from trajstore.schema import Column, Schema, canonical_dtype
@@ -67,9 +68,8 @@ class Rollout:
         for path, version in self.versions.items():
             if self.columns[path]._version != version:
                 raise SelectionError(
-                    f"field {path!r} of a trajectory was changed in place before it was filed, so the trajectory is "
-                    f"lost; make "
-                    "the buffer with copy_on_add=True, or give each trajectory tensors of its own"
+                    f"field {path!r} of a trajectory was changed in place before it was filed, so the trajectory "
+                    "is lost; make the buffer with copy_on_add=True, or give each trajectory tensors of its own"
                 )
 
 
@@ -92,13 +92,14 @@ class Pieces:
     truncated: Array
 
 
-def take_apart(fields: Mapping[str, Any], steps: int, envs: int) -> Rollout:
+def take_apart(fields: Mapping[str, Any], steps: int, envs: int, *, taken: Collection[str] = ()) -> Rollout:
     """The columns of a rollout.
 
     Args:
         fields: Field -> tensor, dict of tensors, number or text; no None.
         steps: ``T``.
         envs: ``B``.
+        taken: Names that no column may have; a field that has one is stored under another.
 
     Raises:
         ColumnShapeError: A tensor of two or more dimensions does not begin with ``[T, B]``.
@@ -106,7 +107,7 @@ def take_apart(fields: Mapping[str, Any], steps: int, envs: int) -> Rollout:
     """
     columns: dict[str, torch.Tensor] = {}
     rest: dict[str, Any] = {}
-    leaves = list(_leaves(fields))
+    leaves = list(_leaves(fields, taken))
     devices = {str(value.device): path for path, value in reversed(leaves) if isinstance(value, torch.Tensor)}
     if "meta" in devices and len(devices) == 1:
         raise ColumnTypeError(f"field {devices['meta']!r} is on the device 'meta', where tensors have no values")
@@ -118,6 +119,8 @@ def take_apart(fields: Mapping[str, Any], steps: int, envs: int) -> Rollout:
             if type(value) is not _ABOUT.get(path):  # which each piece says
                 rest[path] = {"value": _plain(path, value)}
             continue
+        if value.layout != torch.strided:
+            raise ColumnTypeError(f"field {path!r} is a sparse tensor; pass its to_dense()")
         value = value.detach().cpu()
         if value.dim() < 2:
             rest[path] = {"tensor": _encoded(value)}
@@ -192,6 +195,11 @@ def schema_of(rollout: Rollout, shared: Collection[str]) -> Schema:
     return Schema(tuple(columns))
 
 
+def sample_bytes(schema: Schema) -> int:
+    """Bytes of one step of one environment as it is given, with its next observation."""
+    return sum((1 + column.extra) * column.row_bytes for column in schema)
+
+
 def check_like(rollout: Rollout, schema: Schema, shared: Collection[str]) -> None:
     """Raise unless a rollout has the columns of a buffer.
 
@@ -205,8 +213,8 @@ def check_like(rollout: Rollout, schema: Schema, shared: Collection[str]) -> Non
     lacking = sorted((theirs.keys() | repeated) - rollout.columns.keys())
     added = sorted(rollout.columns.keys() - theirs.keys() - repeated)
     if lacking or added:
-        told = [f"lacks {', '.join(map(repr, lacking))}"] * bool(lacking)
-        told += [f"has {', '.join(map(repr, added))} besides"] * bool(added)
+        told = [f"lacks {', '.join(repr(unescaped(path)) for path in lacking)}"] * bool(lacking)
+        told += [f"has {', '.join(repr(unescaped(path)) for path in added)} besides"] * bool(added)
         raise ColumnNameError(f"a trajectory {' and '.join(told)}; all trajectories of a buffer have the same fields")
     for path in [*theirs, *sorted(repeated)]:
         column = theirs[path.replace(_NEXT, _CURRENT, 1) if path in repeated else path]
@@ -248,10 +256,11 @@ def pieces(rollout: Rollout, shared: Collection[str]) -> Pieces:
         name = path.split("/", 1)[-1]
         if path.startswith(_CURRENT) and name in shared:
             following = columns[_NEXT + name].reshape(rows.shape)
-            found[path] = rows.index_select(0, torch.from_numpy(states))
-            found[path][torch.from_numpy(final)] = following.index_select(0, torch.from_numpy(order[last]))
+            found[path] = select_rows(rows, torch.from_numpy(states))
+            after = select_rows(following, torch.from_numpy(order[last]))
+            _bytes(found[path])[torch.from_numpy(final)] = _bytes(after)
         elif not (path.startswith(_NEXT) and name in shared):
-            found[path] = rows.index_select(0, torch.from_numpy(order))
+            found[path] = select_rows(rows, torch.from_numpy(order))
     flags = [np.zeros(len(last), bool) if f is None else f.T.reshape(-1)[last] for f in (terminated, truncated)]
     return Pieces(found, lengths, last // steps, flags[0], flags[1])
 
@@ -290,27 +299,34 @@ def _by_step(rows: torch.Tensor, steps: int, envs: int) -> torch.Tensor:
     return rows.view(envs, steps, *rows.shape[1:]).transpose(0, 1).contiguous()
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], taken: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if not isinstance(key, str) or not key:
             raise ColumnNameError(f"field {key!r} under {prefix or 'the top'!r}: a name is a text")
-        path = prefix + escaped(key)
+        path = prefix + escaped(key, taken=() if prefix else taken)
         if isinstance(value, Mapping):
             if not value:
                 yield f"{path}/", None  # an empty dict is kept as such
-            yield from _leaves(value, f"{path}/")
+            yield from _leaves(value, taken, f"{path}/")
         else:
             yield path, value
 
 
-def escaped(name: str) -> str:
+def escaped(name: str, *, taken: Collection[str] = ()) -> str:
     """A field's name as part of a column's: characters that cannot be there as ``~`` and two hexadecimal digits.
 
-    >>> escaped("observation/image"), unescaped("observation~2Fimage")
-    ('observation~2Fimage', 'observation/image')
+    Args:
+        name: Of the field.
+        taken: Names that mean something else; their first character is written in that way.
+
+    Examples:
+        >>> escaped("observation/image"), unescaped("observation~2Fimage")
+        ('observation~2Fimage', 'observation/image')
+        >>> escaped("seed", taken=["seed"]), unescaped("~73eed")
+        ('~73eed', 'seed')
     """
     text = _UNSAFE.sub(lambda match: f"~{ord(match.group()):02X}", name)
-    if text.startswith(("__", " ")):
+    if text.startswith(("__", " ")) or text in taken:
         text = f"~{ord(text[0]):02X}{text[1:]}"
     if text.endswith((".", " ")):
         text = f"{text[:-1]}~{ord(text[-1]):02X}"
@@ -377,6 +393,11 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
         if flat.shape[-1] % size == 0 and flat.storage_offset() % size == 0:
             return flat.view(dtype)
     return flat
+
+
+def _bytes(rows: torch.Tensor) -> torch.Tensor:
+    """``[n, bytes]`` uint8: the same memory, which can be written to whatever the dtype."""
+    return rows.view(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,20 +2,18 @@
 
 Invariant: rollouts are filed in the order in which they were put, by one thread; whoever samples, saves or counts pieces
 waits for it first, so that nothing that was put is overlooked. What fails there is raised at the next call, and the counts
-are then those of the store.
+are then those of the store. Sampled, saved, deleted and replaced are only the trajectories that were filed here: where the
+store holds others, or lacks some of these, that is an error.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import datetime as dt
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,66 +22,25 @@ import trajstore
 from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.columns import Rollout
+from trajstore.buffers.rlinf.filing import FilingQueue
 from trajstore.buffers.rlinf.index import RolloutIndex
+from trajstore.buffers.rlinf.pieces import FiledPieces
+from trajstore.buffers.rlinf.resources import CacheKnobs, Resources
 from trajstore.edit.borrow import Pins
 from trajstore.edit.combine import Share, combine
-from trajstore.errors import SelectionError, StoreExistsError
+from trajstore.errors import (
+    CommitError,
+    MissingObjectError,
+    SelectionError,
+    StoreExistsError,
+    VersionExpiredError,
+)
 from trajstore.read.bases import parent_of
 from trajstore.schema import Schema
 from trajstore.storage.connect import connect
-from trajstore.storage.workers import Workers
 from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View
-
-_UNCACHED_BYTES = 64 << 20
-_LEAST_CACHE_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class CacheKnobs:
-    """How much memory pages may take.
-
-    Attributes:
-        nbytes: The budget.
-        rollouts: The cache holds at least so many, whatever the budget.
-        enabled: Otherwise only what a batch needs is kept.
-    """
-
-    nbytes: int
-    rollouts: int
-    enabled: bool
-
-    def bytes_for(self, rollout_bytes: int) -> int:
-        """Size of the page cache of a store with rollouts of about this size."""
-        if not self.enabled:
-            return _UNCACHED_BYTES
-        return max(self.nbytes, self.rollouts * rollout_bytes, _LEAST_CACHE_BYTES)
-
-
-class _Resources:
-    """What has to be given back, in this order: the thread that files, the store, the folder.
-
-    Whoever forgets to close a buffer has it done when the buffer is collected, or at the interpreter's end.
-    """
-
-    def __init__(self) -> None:
-        self.filing = Workers(1, name="trajstore-rollouts")
-        self.store: Store | None = None
-        self.folder: str | None = None
-
-    def release_store(self) -> None:
-        store, self.store = self.store, None
-        if store is not None:
-            store.close()
-
-    def close(self) -> None:
-        self.filing.close()  # files what waits
-        try:
-            self.release_store()
-        finally:
-            if self.folder is not None:
-                shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Holding:
@@ -115,11 +72,11 @@ class Holding:
         self._cache = cache
         self._rollout_bytes = 0  # of the largest that is known
         self._known = False  # whether what is at the URL is what is held
-        self._resources = _Resources()
+        self._resources = Resources()
         self._finalizer = weakref.finalize(self, self._resources.close)
-        self._waiting: collections.deque[tuple[Future[None], int]] = collections.deque()  # and bytes of each
-        self._waiting_bytes = 0
+        self._filing = FilingQueue(self._resources.filing)
         self.index = RolloutIndex()  # of what is filed
+        self._pieces = FiledPieces()  # of these
         self.count = 0  # rollouts that were put
         self.num_samples = 0  # of these
         self.next_id = 0
@@ -158,6 +115,12 @@ class Holding:
         return min(len(self.index), self.keep) if self.keep else len(self.index)
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of these, as they were given."""
+        samples = self.index.window(self.keep).num_samples
+        return samples * parts.sample_bytes(self._opened().schema) if samples else 0
+
+    @property
     def folder(self) -> str | None:
         """A folder on the disk of the store; None if that is not on one."""
         if "://" in self.url:
@@ -174,61 +137,76 @@ class Holding:
         for rollout in found:
             parts.check_like(rollout, schema, shared)
 
+    def begin(self) -> None:
+        """Raise what failed since the last call.
+
+        Raises:
+            TrajstoreError: What failed: those rollouts are lost.
+        """
+        self._filing.collect()
+        self._raise_failure()
+
     def put(self, fields: Mapping[str, Any], rollout: Rollout, *, seed: int) -> None:
-        """File a checked rollout soon; if its tensors change before, that is an error at the next call."""
-        self._raise_failed()
+        """File a checked rollout soon; what fails then is raised by ``begin`` or ``settle``."""
         self._open_for(rollout)
         nbytes = sum(tensor.nbytes for tensor in rollout.columns.values())
-        while self._waiting and self._waiting_bytes + nbytes > self._cache.bytes_for(0) // 2:
-            self._await_oldest()
-        future = self._resources.filing.submit(self._file, fields, rollout, self.next_id, seed)
-        self._waiting.append((future, nbytes))
-        self._waiting_bytes += nbytes
+        max_bytes = self._cache.bytes_for(0) // 2
+        self._filing.put(self._file, fields, rollout, self.next_id, seed, nbytes=nbytes, max_bytes=max_bytes)
         self.next_id += 1
         self.count += 1
         self.num_samples += rollout.num_samples
 
     def settle(self) -> None:
-        """Wait until everything is filed.
-
-        Raises:
-            TrajstoreError: What failed: those rollouts are lost.
-        """
-        while self._waiting:
-            self._await_oldest()
+        """Wait until everything is filed; as ``begin``."""
+        self._filing.wait()
+        self._raise_failure()
 
     def _file(self, fields: Mapping[str, Any], rollout: Rollout, number: int, seed: int) -> None:
         assert self.store is not None
-        self.index.add(rollouts.append(self.store, fields, rollout, self._shared, number=number, seed=seed))
+        entry, refs = rollouts.append(self.store, fields, rollout, self._shared, number=number, seed=seed)
+        self._pieces.add(refs)
+        self.index.add(entry)
         self._view = None
         if self.keep and len(self.index) > 2 * self.keep:
-            pieces = self.index.drop(len(self.index) - self.keep)
-            self.store.flush()
-            self.store.delete(self.store.trajectories.first(pieces).ids, reclaim=True)
+            self._drop_oldest(self.store, len(self.index) - self.keep)
 
-    def _await_oldest(self) -> None:
-        future, nbytes = self._waiting.popleft()
-        self._waiting_bytes -= nbytes
-        try:
-            future.result()
-        except Exception:
-            for later, _ in self._waiting:
-                later.exception()  # they are filed, or fail for the same reason
-            self._waiting.clear()
-            self._waiting_bytes = 0
-            self._recount()
-            raise
+    def _drop_oldest(self, store: Store, count: int) -> None:
+        pieces = sum(entry.pieces for entry in self.index.entries[:count])
+        store.flush()
+        store.delete(self._pieces.oldest(pieces))
+        self._pieces.forget_oldest(pieces)
+        self.index.drop(count)
+        at_once = dt.timedelta(0)
+        store.vacuum(at_once, keep_versions=1, keep_for=at_once, exclusive=True, progress=False)
 
-    def _raise_failed(self) -> None:
-        while self._waiting and self._waiting[0][0].done():
-            self._await_oldest()
+    def _raise_failure(self) -> None:
+        if self._filing.failure is not None:
+            self._filing.wait()
+            self._forget_lost(self._filing.failure)
+            self._filing.raise_failure()
+
+    def _forget_lost(self, error: BaseException) -> None:
+        """After an error that may be of a commit: count the rollouts that it has taken along no longer."""
+        for _ in range(2):  # the first may only say what failed before, and leave the newest waiting
+            try:
+                if self.store is not None:
+                    self.store.flush()
+                break
+            except Exception as later:  # noqa: BLE001 - the first error is raised, which this one belongs to
+                error.add_note(f"and then: {later}")
+        self.index.keep(self._pieces.forget_lost())
+        self._count()
 
     # Sampling
 
     def view(self) -> View:
-        """All pieces, once everything is filed."""
+        """All pieces, once everything is filed.
+
+        Raises:
+            TrajstoreError: As ``flush``.
+        """
         self.settle()
-        return self._look(self._opened()) if self._view is None else self._view
+        return self._look() if self._view is None else self._view
 
     def gather(self, window: int, samples: Array) -> dict[str, Any]:
         """A batch of samples ``(n,)`` of the last ``window`` rollouts."""
@@ -236,11 +214,17 @@ class Holding:
         chosen = self.index.window(window)
         steps = chosen.stored_steps(samples) + self._begins[chosen.first_piece]
         rows = np.searchsorted(self._begins, steps, side="right") - 1
-        return rollouts.as_batch(view.gather(rows, steps - self._begins[rows], columns=self._names))
+        try:
+            return rollouts.as_batch(view.gather(rows, steps - self._begins[rows], columns=self._names))
+        except (MissingObjectError, VersionExpiredError):
+            self._settled()  # says so if somebody else has deleted them
+            raise
 
     def samples_in(self, window: int) -> int:
         """Samples of the last ``window`` rollouts."""
         self.settle()
+        if len(self.index):
+            self.view()  # what failed is counted no longer then
         return self.index.window(window).num_samples
 
     # As a whole
@@ -249,6 +233,10 @@ class Holding:
         """The pieces of the rollouts that are kept."""
         view = self.view()
         return view if not self.keep else view[self.index.window(self.keep).first_piece :]
+
+    def is_at(self, place: str | os.PathLike[str]) -> bool:
+        """Whether a path or URL is that of the store that is held."""
+        return self._known and _same_place(os.fspath(place), self.url)
 
     def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Ids and fields of the rollouts that are kept."""
@@ -293,7 +281,9 @@ class Holding:
         self.settle()
         if not own:
             how = share or self._way_of_sharing(url)
-            self.release()
+            if self._known:
+                self._settled()  # what is there is replaced
+            self._resources.release_store()
             options = options_for(self.url, self.storage_options)
             with contextlib.closing(connect(self.url, storage_options=options)) as target:
                 pins: Pins = "none" if self.is_temporary else "required"  # it goes with this process
@@ -304,8 +294,8 @@ class Holding:
                 # What that store may refer to, this one now does: all that is beside it.
                 self.trusted[parent_of(url) or url] = options_for(url, self.storage_options)
         self._known = True
-        self._rollout_bytes = max((entry.num_samples for entry in found.entries), default=0) * sum(
-            (1 + column.extra) * column.row_bytes for column in view.schema
+        self._rollout_bytes = max((entry.num_samples for entry in found.entries), default=0) * parts.sample_bytes(
+            view.schema
         )
         if own:
             self._resources.release_store()  # opened with another cache
@@ -313,7 +303,7 @@ class Holding:
         if own and len(mine) < len(view):
             store.delete(np.setdiff1d(view.ids, mine.ids))
         self._forget()
-        self._recount()
+        self._take_stock(store)
         self._taken = self.count
 
     def _way_of_sharing(self, url: str) -> Share:
@@ -324,23 +314,33 @@ class Holding:
         return "link" if os.stat(url).st_dev == os.stat(self.folder or "/").st_dev else "reference"
 
     def flush(self) -> None:
-        """Wait until everything is durable."""
+        """Wait until everything is durable.
+
+        Raises:
+            TrajstoreError: What failed in the background: those rollouts are lost, and counted no longer.
+            CommitError: Somebody else appends to the store or deletes from it. What was put is durable all the same.
+        """
         self.settle()
         if self.store is not None:
-            self.store.flush()
             self._view = None
+            self._settled()
 
     def clear(self) -> None:
-        """Hold nothing; what comes next may have other columns."""
+        """Hold nothing; what comes next may have other columns.
+
+        Raises:
+            CommitError: Somebody else writes to the store; nothing is cleared.
+        """
         self.settle()
         if self._known:
-            self._opened().clear()  # also one that was released
+            self._settled()
+            self._opened().clear()
         self._forget()
 
     def release(self) -> None:
-        """Write what waits; give memory and threads of the store back. It is opened again when needed."""
+        """Write what waits, as ``flush``; give memory and threads of the store back. It is opened again when needed."""
         try:
-            self.settle()
+            self.flush()
         finally:
             self._view = None
             self._resources.release_store()
@@ -375,7 +375,7 @@ class Holding:
         store = self._opened()
         if store.num_trajectories and not self._known:
             held = store.num_trajectories
-            self.release()
+            self._resources.release_store()
             raise StoreExistsError(
                 f"{self.url} holds {held} trajectories of an earlier run: load_checkpoint() it to go on with them, or "
                 "choose another auto_save_path"
@@ -385,14 +385,51 @@ class Holding:
             schema, self._shared = self._fitting(first)
             store.declare(schema)
         # From the first look on, rows stay in the page cache when they are appended: what is drawn soon is not read back.
-        self._look(store)
+        self._look()
 
-    def _look(self, store: Store) -> View:
-        self._view = store.trajectories
-        lengths = self._view.lengths
+    def _look(self) -> View:
+        store = self._opened()
+        with self._losses_forgotten():
+            view = store.trajectories
+        if not self._pieces.are_all_of(view):  # or an id was told between the two
+            view = self._settled()
+        lengths = view.lengths
         self._begins = np.cumsum(lengths) - lengths
         self._names = rollouts.batch_columns([c.path for c in store.schema], self._shared)
-        return self._view
+        self._view = view
+        return view
+
+    def _settled(self) -> View:
+        """What the latest version of the store holds, once all that was filed is durable; errors as of ``flush``."""
+        store = self._opened()
+        with self._losses_forgotten():
+            store.flush()
+            store.refresh()
+            view = store.trajectories
+        if self._pieces.are_all_of(view):
+            return view
+        kept = self._pieces.forget_lost()
+        self.index.keep(kept)
+        self._count()
+        if not kept.all():
+            raise CommitError(
+                f"some of what was added to the store at {self.url} could not be committed, as an earlier error said; it is "
+                "counted no longer: call again"
+            )
+        foreign, gone = self._pieces.differences(view)
+        raise CommitError(
+            f"somebody else writes to {self.url}: of {len(view)} stored trajectories there {foreign} are not of this "
+            f"buffer, and {gone} of its own were deleted. Nothing of them was changed. Close all buffers of that place, "
+            "then load_checkpoint() it in one, which goes on with all that is there; use one at a time"
+        )
+
+    @contextlib.contextmanager
+    def _losses_forgotten(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._forget_lost(error)
+            raise
 
     def _fitting(self, first: Rollout) -> tuple[Schema, frozenset[str]]:
         """The columns that rollouts must have, and which observations are stored once."""
@@ -403,24 +440,28 @@ class Holding:
         shared = parts.shared_observations(first)
         return parts.schema_of(first, shared), shared
 
-    def _recount(self) -> None:
-        """Count what the store holds, and what was kept no longer."""
-        store = self._opened()
-        gone, gone_samples = self.index.dropped, self.index.dropped_samples
+    def _take_stock(self, store: Store) -> None:
+        """Take the rollouts of a store for those that are held."""
+        view = store.trajectories
+        found = rollouts.find(view)
         self._shared = parts.shared_in(store.schema)
-        found = rollouts.find(store.trajectories)
-        self.index = RolloutIndex(found.entries, dropped=gone, dropped_samples=gone_samples)
-        self.count = len(found.entries) + gone
-        self.num_samples = sum(entry.num_samples for entry in found.entries) + gone_samples
+        self._pieces = FiledPieces(view.ids[found.rows])
+        self.index = RolloutIndex(found.entries)
         self.next_id = max((entry.id + 1 for entry in found.entries), default=0)
+        self._count()
+
+    def _count(self) -> None:
+        """Count what is filed, and what was kept no longer."""
+        self.count = len(self.index) + self.index.dropped
+        self.num_samples = sum(entry.num_samples for entry in self.index.entries) + self.index.dropped_samples
         self._view = None
 
     def _forget(self) -> None:
         """Count from 0."""
-        self.index = RolloutIndex()
-        self.count = self.num_samples = self.next_id = self._taken = 0
-        self._view = None
+        self.index, self._pieces = RolloutIndex(), FiledPieces()
+        self.next_id = self._taken = 0
         self._shared = frozenset()
+        self._count()
 
 
 def options_for(place: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

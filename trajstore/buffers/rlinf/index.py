@@ -41,13 +41,15 @@ class RolloutIndex:
 
     Args:
         entries: From the oldest on.
+
+    Attributes:
         dropped: Rollouts that came before them and are kept no longer.
         dropped_samples: Of those.
     """
 
-    def __init__(self, entries: Sequence[Entry] = (), *, dropped: int = 0, dropped_samples: int = 0) -> None:
-        self.dropped = dropped
-        self.dropped_samples = dropped_samples
+    def __init__(self, entries: Sequence[Entry] = ()) -> None:
+        self.dropped = 0
+        self.dropped_samples = 0
         self._entries = list(entries)
         self._made: tuple[int, _Window] | None = None
 
@@ -64,14 +66,24 @@ class RolloutIndex:
         self._entries.append(entry)
         self._made = None
 
-    def drop(self, count: int) -> int:
-        """Forget the oldest rollouts; how many stored trajectories these were."""
+    def drop(self, count: int) -> None:
+        """The oldest rollouts are kept no longer; they are counted all the same."""
         gone = self._entries[:count]
         self.dropped += len(gone)
         self.dropped_samples += sum(entry.num_samples for entry in gone)
         del self._entries[:count]
         self._made = None
-        return sum(entry.pieces for entry in gone)
+
+    def keep(self, pieces: Array) -> None:
+        """Forget rollouts as if they had not been added.
+
+        Args:
+            pieces: ``(n,)`` bool, for each stored trajectory of all rollouts whether it is there.
+        """
+        ends = np.cumsum([entry.pieces for entry in self._entries], dtype=np.int64).tolist()
+        placed = zip(self._entries, ends, strict=True)
+        self._entries = [entry for entry, end in placed if pieces[end - entry.pieces : end].all()]
+        self._made = None
 
     def window(self, size: int) -> _Window:
         """The last ``size`` rollouts; 0 for all."""

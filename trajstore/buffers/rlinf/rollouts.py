@@ -23,10 +23,14 @@ from trajstore.names import flatten, nest
 from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View
+from trajstore.write.batch import TrajectoryRef
 
 # Metadata fields of a piece.
 ID, WEIGHTS, EPISODE_LENGTH = "trajectory_id", "model_weights_id", "max_episode_length"
 STEPS, ENVS, ENV, SEED, REST = "rollout_steps", "rollout_envs", "env", "seed", "rest"
+
+_FOLLOWING = "next_curr_obs"  # what a view calls ``curr_obs`` a step on
+_NO_COLUMNS = frozenset([ID, STEPS, ENVS, ENV, SEED, REST, _FOLLOWING])
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +66,13 @@ def taken_apart(fields: Mapping[str, Any]) -> Rollout | None:
         value = fields.get(name)
         if value is not None and not isinstance(value, kind):
             raise ColumnTypeError(f"field {name!r} is a {type(value).__name__}, expected {kind.__name__}")
-    return parts.take_apart(fields, *shape)
+    return parts.take_apart(fields, *shape, taken=_NO_COLUMNS)
 
 
 def append(
     store: Store, fields: Mapping[str, Any], rollout: Rollout, shared: Collection[str], *, number: int, seed: int
-) -> Entry:
-    """Append a rollout.
+) -> tuple[Entry, list[TrajectoryRef]]:
+    """Append a rollout; what it is called, and its pieces.
 
     Args:
         store: Of rollouts like this one.
@@ -94,10 +98,10 @@ def append(
     metadata: list[dict[str, Any]] = [{ENV: env} for env in cut.envs.tolist()]
     if rollout.rest:
         metadata[0][REST] = rollout.rest
-    store.append_many(
+    refs = store.append_many(
         cut.columns, cut.lengths, terminated=cut.terminated, truncated=cut.truncated, metadata=metadata, **about
     )
-    return Entry(number, rollout.steps, rollout.envs, len(cut.lengths))
+    return Entry(number, rollout.steps, rollout.envs, len(refs)), refs
 
 
 def find(view: View) -> Found:
@@ -107,14 +111,20 @@ def find(view: View) -> Found:
         SelectionError: It holds other trajectories.
     """
     table = view.to_pandas()
-    lacking = [name for name in (ID, STEPS, ENVS) if len(table) and name not in table]
-    if lacking:
-        raise SelectionError(
-            f"{view!r} holds no rollouts of a replay buffer: its trajectories have no field {lacking[0]!r}; name a store "
-            "that a TrajectoryReplayBuffer wrote, or sample this one with store.trajectories.loader()"
-        )
     if not len(table):
         return Found([], np.empty(0, np.int64), None)
+    for name in (ID, STEPS, ENVS):
+        others = int(table[name].isna().sum()) if name in table else len(table)
+        if others == len(table):
+            raise SelectionError(
+                f"{view!r} holds no rollouts of a replay buffer: its trajectories have no field {name!r}; name a store "
+                "that a TrajectoryReplayBuffer wrote, or sample this one with store.trajectories.loader()"
+            )
+        if others:
+            raise SelectionError(
+                f"{view!r} holds other trajectories beside the rollouts of a replay buffer: {others} have no field "
+                f"{name!r}; keep them in a store of their own, or sample all of them with store.trajectories.loader()"
+            )
     ids = table[ID].to_numpy(np.int64)
     steps, envs = table[STEPS].to_numpy(np.int64), table[ENVS].to_numpy(np.int64)
     ends = np.cumsum(view.lengths)
@@ -172,12 +182,12 @@ def share_of(count: int, rank: int, ranks: int) -> slice:
 
 def batch_columns(rollout_columns: Collection[str], shared: Collection[str]) -> list[str]:
     """What to ask a view for: the next observation is the current one a step on, where it is stored once."""
-    return [*rollout_columns, *(f"next_curr_obs/{name}" for name in sorted(shared))]
+    return [*rollout_columns, *(f"{_FOLLOWING}/{name}" for name in sorted(shared))]
 
 
 def as_batch(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch under the names of the original."""
-    following = batch.pop("next_curr_obs", None)
+    following = batch.pop(_FOLLOWING, None)
     if following is not None:
         batch["next_obs"] = _merged(following, batch.get("next_obs", {}))
     return parts.unescaped_keys(batch)

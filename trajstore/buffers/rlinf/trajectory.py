@@ -6,7 +6,7 @@ Invariant: whatever has these fields is a trajectory; nothing here asks for the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,3 +100,11 @@ def shape_of(fields: Mapping[str, Any]) -> tuple[int, int] | None:
     """
     shape = leading_shape(fields)
     return None if shape is None else (shape[0], shape[1])
+
+
+def check_list(trajectories: object) -> None:
+    """Raise ``ColumnTypeError`` for a trajectory that is in no list."""
+    if not isinstance(trajectories, Iterable):
+        raise ColumnTypeError("add_trajectories takes a list of trajectories; got one: pass [trajectory]")
+    if isinstance(trajectories, Mapping):
+        raise ColumnTypeError("add_trajectories takes a list of trajectories; got a dict: pass [Trajectory(**fields)]")

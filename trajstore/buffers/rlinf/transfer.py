@@ -13,6 +13,7 @@ from typing import Any
 import trajstore
 from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
+from trajstore.buffers.rlinf.checkpoint import ranks_below
 from trajstore.buffers.rlinf.holding import options_for
 from trajstore.errors import SchemaError, StoreExistsError, StoreNotFoundError
 from trajstore.format.layout import STORE_DOCUMENT
@@ -21,7 +22,6 @@ from trajstore.interop.rlinf_files import (
     RlinfDirectory,
     open_directories,
     plan_merge,
-    ranks_with,
     write_directory,
 )
 from trajstore.progress import counted
@@ -117,12 +117,12 @@ def import_directories(
 def _check_no_stores(source: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> None:
     """Raise where there are stores, which need no import."""
     with contextlib.closing(connect(source, storage_options=storage_options)) as filesystem:
-        keys = [info.key for info in filesystem.list_objects("")]
-    if STORE_DOCUMENT in keys:
+        is_store = filesystem.read(STORE_DOCUMENT) is not None
+        ranks = ranks_below(filesystem, STORE_DOCUMENT)
+    if is_store:
         raise StoreExistsError(
             f"{os.fspath(source)} is a store already: load_checkpoint() and trajstore.open() take it as it is"
         )
-    ranks = ranks_with(STORE_DOCUMENT, keys)
     if ranks:
         raise StoreExistsError(
             f"{os.fspath(source)} holds stores already ({ranks[0]} and so on): load_checkpoint() takes each as it is; "
