@@ -150,6 +150,16 @@ def test_an_empty_path_is_not_the_working_directory(mode, tmp_path, monkeypatch)
     assert not files(tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_a_store_that_lost_its_versions_is_not_an_empty_one(path, mode):
+    for version in (1, 2):
+        (path / snapshot_key(version)).unlink()
+    before = files(path)
+    with pytest.raises(errors.CorruptionError, match=r"says that there is a version \d, and there is none.*restore"):
+        trajstore.open(path, mode)
+    assert files(path) == before
+
+
 def test_a_place_where_no_folder_can_be_made_is_not_taken_for_a_store_that_lacks_something():
     with pytest.raises(errors.StorageError, match=r"there is no folder /proc/nothing.*check the path"):
         trajstore.open("/proc/nothing", "a").append(good())

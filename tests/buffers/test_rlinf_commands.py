@@ -166,7 +166,7 @@ class TestMergeOrSplit:
             (("store", "store"), "rank_1/trajstore.json", r"rank_1 \(no whole buffer\)"),
             (("pt", "pt"), "rank_1/metadata.json", r"rank_1 \(no whole buffer\)"),
             (("pt", "pt"), "rank_1/trajectory_index.json", "rank_1.*trajectory_index.json is not there"),
-            (("pt", "pt"), "rank_1", r"rank_1 \(empty\)"),
+            (("pt", "pt"), "rank_1", r"rank_1 \(no whole buffer\)"),
             (("store", "pt"), None, r"rank_1 \(RLinf's files\)"),
             (("pt", "store"), None, r"rank_0 \(RLinf's files\)"),
         ],

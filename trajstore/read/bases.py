@@ -160,10 +160,13 @@ def absolute(url: str, *, seen_from: str | None = None) -> str:
 
 
 def same_place(url: str, other: str) -> bool:
-    """Whether two absolute URLs or paths are of one store."""
-    if "://" in url or "://" in other:
-        return url.rstrip("/") == other.rstrip("/")
-    return os.path.realpath(url) == os.path.realpath(other)
+    """Whether two URLs or paths are of one store.
+
+    >>> same_place("s3://bucket/a/", "s3://bucket/a"), same_place("/data/../runs", "file:///runs")
+    (True, True)
+    """
+    one, two = absolute(url), absolute(other)
+    return one == two or ("://" not in one + two and os.path.realpath(one) == os.path.realpath(two))
 
 
 def moved(url: str, old: str, new: str) -> str | None:

@@ -11,7 +11,13 @@ import itertools
 import os
 import uuid
 
-from trajstore.errors import StorageError, StoreExistsError, StoreNotFoundError, UnsupportedStorageError
+from trajstore.errors import (
+    CorruptionError,
+    StorageError,
+    StoreExistsError,
+    StoreNotFoundError,
+    UnsupportedStorageError,
+)
 from trajstore.format import layout
 from trajstore.format.snapshot import StoreDocument
 from trajstore.storage.commit import EMPTY_VERSION, History, Version
@@ -34,6 +40,7 @@ def open_existing(filesystem: Filesystem, history: History, version: int | None)
 
     Raises:
         StoreNotFoundError: There is none.
+        CorruptionError: There is one that has lost its versions.
     """
     found = _find(filesystem, history, version)
     if found is None:
@@ -53,7 +60,14 @@ def _find(filesystem: Filesystem, history: History, version: int | None) -> tupl
     store = StoreDocument.from_bytes(document, key=f"{layout.STORE_DOCUMENT} in {filesystem.description}")
     if version is not None:
         return store.store_uuid, history.load(version)
-    return store.store_uuid, history.latest(history.parse_hint(hint))
+    hinted = history.parse_hint(hint)
+    latest = history.latest(hinted)
+    if hinted and not latest.number:  # versions are numbered without gaps, and emptied rather than removed
+        raise CorruptionError(
+            f"{layout.LATEST_HINT} of {filesystem.description} says that there is a version {hinted}, and there is none: the "
+            f"versions were lost; restore {layout.SNAPSHOTS}/ from a copy, or, to begin anew, choose another place"
+        )
+    return store.store_uuid, latest
 
 
 def open_or_create(filesystem: Filesystem, history: History, *, must_be_new: bool) -> tuple[str, Version]:

@@ -19,7 +19,7 @@ import torch
 import trajstore
 from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.checkpoint import open_checkpoint, rank_of, rollouts_of, warn_of_none
-from trajstore.buffers.rlinf.holding import Holding, options_for
+from trajstore.buffers.rlinf.holding import Holding
 from trajstore.buffers.rlinf.resources import CacheKnobs, new_log_folder
 from trajstore.buffers.rlinf.trajectory import check_list, fields_of
 from trajstore.buffers.rlinf.transfer import import_files
@@ -33,6 +33,7 @@ from trajstore.errors import (
 )
 from trajstore.interop.rlinf_files import RlinfDirectory, is_rlinf_directory, write_directory
 from trajstore.progress import is_shown
+from trajstore.storage.connect import options_for
 from trajstore.store import Store
 
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -57,7 +58,7 @@ class TrajectoryReplayBuffer:
         trajectory_format: What ``save_checkpoint`` writes: ``"store"`` (the default), or RLinf's files, ``"pt"`` or
             ``"pkl"``.
         storage_dir: First generation: where the store is; ``""`` for a temporary folder that keeps everything.
-        storage_format: First generation: as ``trajectory_format``.
+        storage_format: First generation: as ``trajectory_format``; its temporary folder keeps everything.
         save_trajectories: First generation: with False, nothing outlives the buffer, and there are no checkpoints.
         cache_bytes: Memory for pages, shared by all that samples; 8 MiB at least.
         storage_options: For URLs: credentials, endpoint and so on.
@@ -136,7 +137,8 @@ class TrajectoryReplayBuffer:
         self.sample_window_size = sample_window_size
         self.auto_save = bool(auto_save)
         self._checkpoints = save_trajectories is not False
-        window_only = (not first_generation and not self.auto_save) or save_trajectories is False
+        keeps_all = self.auto_save or first_generation or storage_format is not None
+        window_only = save_trajectories is False or not keeps_all
         self._allow_pickle = allow_pickle
         self._copy_on_add = copy_on_add
         self._storage_options = storage_options
@@ -315,7 +317,7 @@ class TrajectoryReplayBuffer:
             else:
                 self._holding.flush()
                 self._holding.kept().save(
-                    save_path, share=share, replace=True, storage_options=options, progress=progress
+                    save_path, share=share, replace=True, lineage=False, storage_options=options, progress=progress
                 )
 
     def _check_kind(self, path: str | os.PathLike[str], options: Mapping[str, Any] | None) -> None:

@@ -14,10 +14,8 @@ from typing import Any
 import trajstore
 from trajstore.buffers.rlinf import rollouts
 from trajstore.errors import IndexRangeError, SelectionError, StoreNotFoundError
-from trajstore.format.layout import STORE_DOCUMENT
-from trajstore.interop.rlinf_files import METADATA_KEY, ranks_with
+from trajstore.interop.rlinf_files import rank_folders
 from trajstore.storage.connect import connect
-from trajstore.storage.filesystem import Filesystem
 from trajstore.store import Store
 from trajstore.view import View
 
@@ -105,22 +103,11 @@ def rollouts_of(view: View, url: str, storage_options: Mapping[str, Any] | None)
     return found
 
 
-def ranks_below(filesystem: Filesystem, *documents: str) -> list[str]:
-    """The folders ``rank_*`` of a place that hold one of these documents, in the order of their names.
-
-    Only what lies directly in the place is listed: a path that was mistyped may be of anything.
-    """
-    folders = [name for name in filesystem.list_folders() if name.startswith("rank_")]
-    keys = [f"{folder}/{document}" for folder in folders for document in documents]
-    there = [key for key, data in zip(keys, filesystem.read_many(keys), strict=True) if data is not None]
-    return sorted({name for document in documents for name in ranks_with(document, there)})
-
-
 def _check_one_buffer(url: str, storage_options: Mapping[str, Any] | None) -> None:
     """Raise if there are the buffers of several ranks, each of which could be meant."""
     place = url.rstrip("/")
     with contextlib.closing(connect(place, storage_options=storage_options)) as filesystem:
-        names = ranks_below(filesystem, STORE_DOCUMENT, METADATA_KEY)
+        names = sorted(name for name, documents in rank_folders(filesystem).items() if documents)
     if names:
         raise StoreNotFoundError(
             f"{place} is not one buffer, but a folder of {len(names)} ({', '.join(names[:_SHOWN])}"

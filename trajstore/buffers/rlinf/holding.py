@@ -35,9 +35,9 @@ from trajstore.errors import (
     StoreExistsError,
     VersionExpiredError,
 )
-from trajstore.read.bases import parent_of
+from trajstore.read.bases import parent_of, same_place
 from trajstore.schema import Schema
-from trajstore.storage.connect import connect
+from trajstore.storage.connect import connect, options_for
 from trajstore.store import Store
 from trajstore.stored import Array
 from trajstore.view import View
@@ -236,7 +236,7 @@ class Holding:
 
     def is_at(self, place: str | os.PathLike[str]) -> bool:
         """Whether a path or URL is that of the store that is held."""
-        return self._known and _same_place(os.fspath(place), self.url)
+        return self._known and same_place(os.fspath(place), self.url)
 
     def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Ids and fields of the rollouts that are kept."""
@@ -272,7 +272,7 @@ class Holding:
         first = sum(entry.pieces for entry in found.entries[: chosen.start])
         pieces = sum(entry.pieces for entry in found.entries[chosen])
         mine = view.take(found.rows[first : first + pieces])
-        own = _same_place(url, self.url)
+        own = same_place(url, self.url)
         if own and ranks > 1:
             raise SelectionError(
                 f"{url} is the store of this buffer, of which a share cannot be loaded; give each rank an auto_save_path of "
@@ -462,14 +462,3 @@ class Holding:
         self.next_id = self._taken = 0
         self._shared = frozenset()
         self._count()
-
-
-def options_for(place: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The options of a buffer as far as they are for a place: a path has none."""
-    return storage_options if "://" in os.fspath(place) else None
-
-
-def _same_place(url: str, other: str) -> bool:
-    if "://" in url or "://" in other:
-        return url.rstrip("/") == other.rstrip("/")
-    return os.path.realpath(os.path.expanduser(url)) == os.path.realpath(os.path.expanduser(other))

@@ -13,8 +13,6 @@ from typing import Any
 import trajstore
 from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
-from trajstore.buffers.rlinf.checkpoint import ranks_below
-from trajstore.buffers.rlinf.holding import options_for
 from trajstore.errors import SchemaError, StoreExistsError, StoreNotFoundError
 from trajstore.format.layout import STORE_DOCUMENT
 from trajstore.interop.rlinf_files import (
@@ -22,10 +20,11 @@ from trajstore.interop.rlinf_files import (
     RlinfDirectory,
     open_directories,
     plan_merge,
+    rank_folders,
     write_directory,
 )
 from trajstore.progress import counted
-from trajstore.storage.connect import connect
+from trajstore.storage.connect import connect, options_for
 from trajstore.store import Store
 from trajstore.view import View
 
@@ -118,7 +117,7 @@ def _check_no_stores(source: str | os.PathLike[str], storage_options: Mapping[st
     """Raise where there are stores, which need no import."""
     with contextlib.closing(connect(source, storage_options=storage_options)) as filesystem:
         is_store = filesystem.read(STORE_DOCUMENT) is not None
-        ranks = ranks_below(filesystem, STORE_DOCUMENT)
+        ranks = sorted(name for name, documents in rank_folders(filesystem).items() if STORE_DOCUMENT in documents)
     if is_store:
         raise StoreExistsError(
             f"{os.fspath(source)} is a store already: load_checkpoint() and trajstore.open() take it as it is"

@@ -23,7 +23,6 @@ from trajstore.interop.rlinf_files.directory import (
     is_rlinf_directory,
     open_directories,
     rank_folders,
-    ranks_with,
 )
 from trajstore.interop.rlinf_files.documents import INDEX_KEYS, METADATA_KEY, Entry, Metadata, leading_shape
 from trajstore.interop.rlinf_files.writer import RlinfWriter, write_directory
@@ -43,7 +42,6 @@ __all__ = [
     "plan_merge",
     "plan_split",
     "rank_folders",
-    "ranks_with",
     "split_directory",
     "write_directory",
 ]

@@ -6,7 +6,6 @@ of the list, a bounded number of bytes ahead.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -227,35 +226,15 @@ def open_directories(url: Url, *, storage_options: Mapping[str, Any] | None = No
     return opened
 
 
-def ranks_with(document: str, keys: Collection[str]) -> list[str]:
-    """The folders ``rank_*`` that hold a document, in the order of their names. Pure: no I/O.
-
-    Args:
-        document: Its name.
-        keys: Of all objects of the folder above.
-
-    Examples:
-        >>> ranks_with("metadata.json", ["rank_1/metadata.json", "rank_0/metadata.json", "rank_2/old/metadata.json"])
-        ['rank_0', 'rank_1']
-    """
-    found = (key.split("/") for key in keys)
-    return sorted(path[0] for path in found if len(path) == 2 and path[0].startswith("rank_") and path[1] == document)
-
-
 def rank_folders(filesystem: Filesystem) -> dict[str, frozenset[str]]:
-    """The folders ``rank_*`` of a place, and the names of what lies in each; a bucket has no empty folders."""
-    found: dict[str, frozenset[str]] = {}
-    if "://" in filesystem.url:
-        for info in filesystem.list_objects(""):
-            folder, _, below = info.key.partition("/")
-            if folder.startswith("rank_") and below:
-                found[folder] = found.get(folder, frozenset()) | {below.split("/")[0]}
-        return found
-    with filesystem.errors(""), contextlib.suppress(FileNotFoundError), os.scandir(filesystem.url) as entries:
-        for entry in entries:
-            if entry.name.startswith("rank_") and entry.is_dir():
-                found[entry.name] = frozenset(os.listdir(entry.path))
-    return found
+    """The folders ``rank_*`` of a place, and which documents of a buffer, of a store or of RLinf's files, lie in each.
+
+    Only what lies directly in the place is listed: a path that was mistyped may be of anything.
+    """
+    folders = [name for name in filesystem.list_folders() if name.startswith("rank_")]
+    keys = [f"{folder}/{document}" for folder in folders for document in _KINDS]
+    there = {key for key, data in zip(keys, filesystem.read_many(keys), strict=True) if data is not None}
+    return {name: frozenset(document for document in _KINDS if f"{name}/{document}" in there) for name in folders}
 
 
 def all_ranks_with(document: str, folders: Mapping[str, Collection[str]], *, where: str) -> list[str]:
@@ -263,14 +242,14 @@ def all_ranks_with(document: str, folders: Mapping[str, Collection[str]], *, whe
 
     Args:
         document: Its name.
-        folders: Names of what lies in each.
+        folders: See ``rank_folders``.
         where: Names the place in errors.
 
     Raises:
         MissingObjectError: Some hold it, and others do not: what these ranks saved would be left out.
 
     Examples:
-        >>> folders = {"rank_1": ["metadata.json"], "rank_0": ["metadata.json", "trajectory_index.json"]}
+        >>> folders = {"rank_1": ["metadata.json"], "rank_0": ["metadata.json"]}
         >>> all_ranks_with("metadata.json", folders, where="it"), all_ranks_with("trajstore.json", folders, where="it")
         (['rank_0', 'rank_1'], [])
     """
@@ -285,10 +264,8 @@ def all_ranks_with(document: str, folders: Mapping[str, Collection[str]], *, whe
     )
 
 
-def _kind(names: Collection[str]) -> str:
-    return next(
-        (kind for document, kind in _KINDS.items() if document in names), "no whole buffer" if names else "empty"
-    )
+def _kind(documents: Collection[str]) -> str:
+    return next((kind for document, kind in _KINDS.items() if document in documents), "no whole buffer")
 
 
 def is_rlinf_directory(url: Url, *, storage_options: Mapping[str, Any] | None = None) -> bool:
