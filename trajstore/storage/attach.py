@@ -64,8 +64,8 @@ def _find(filesystem: Filesystem, history: History, version: int | None) -> tupl
     latest = history.latest(hinted)
     if hinted and not latest.number:  # versions are numbered without gaps, and emptied rather than removed
         raise CorruptionError(
-            f"{layout.LATEST_HINT} of {filesystem.description} says that there is a version {hinted}, and there is none: the "
-            f"versions were lost; restore {layout.SNAPSHOTS}/ from a copy, or, to begin anew, choose another place"
+            f"{layout.LATEST_HINT} of {filesystem.description} says that there is a version {hinted}, and there is none: "
+            f"the versions were lost; restore {layout.SNAPSHOTS}/ from a copy, or, to begin anew, choose another place"
         )
     return store.store_uuid, latest
 
