@@ -195,6 +195,21 @@ class TestBoth:
         with kind(ReferenceBuffer(), None, 2, 0, 0) as dataset, pytest.raises(RuntimeError, match="empty"):
             next(iter(dataset))
 
+    def test_who_waits_is_told_and_not_left_waiting_for_a_buffer_that_is_closed(
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(datasets, "_SAY_S", 0.0)
+        buffer = TrajectoryReplayBuffer()
+        with kind(buffer, None, 2, 5, 0, poll_s=0.01) as dataset:
+            closing = threading.Timer(0.2, buffer.close)
+            closing.start()
+            with pytest.raises(ClosedError):
+                next(iter(dataset))
+            closing.join()
+        assert [r.getMessage() for r in caplog.records if "waiting" in r.getMessage()] == [
+            "waiting: replay_buffer has fewer than min_replay_buffer_size=5 trajectories"
+        ]
+
     @pytest.mark.parametrize(
         ("replace", "match"),
         [

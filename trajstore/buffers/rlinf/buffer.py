@@ -170,7 +170,12 @@ class TrajectoryReplayBuffer:
         return self._holding.num_samples
 
     def is_ready(self, min_size: int) -> bool:
-        """Whether there are at least so many trajectories."""
+        """Whether there are at least so many trajectories.
+
+        Raises:
+            ClosedError: The buffer is closed, and whoever waits for more would wait for ever.
+        """
+        self._check_open()
         return self.size >= min_size
 
     async def is_ready_async(self, min_size: int) -> bool:

@@ -26,6 +26,7 @@ from trajstore.feed.prefetch import Inline, Prefetcher
 
 _log = logging.getLogger(__name__)
 
+_SAY_S = 30.0  # who waits so long is told for what
 _STOP_S = 10.0  # a batch that is being made when the dataset is closed has so long to end
 
 Batch = dict[str, Any]
@@ -283,11 +284,11 @@ class _Maker:
             timeout_s: Until the buffers are ready; None in the background, where whoever takes the batch has a time-out.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        said = False
+        say_at = time.monotonic() + _SAY_S
         while not all(need.met() for need in self._needs):
-            if not said:
-                _log.info("waiting: %s", self.waits_for())
-                said = True
+            if time.monotonic() >= say_at:
+                _log.warning("waiting: %s", self.waits_for())
+                say_at = float("inf")
             if deadline is not None and timeout_s is not None and time.monotonic() >= deadline:
                 raise self.late(timeout_s)
             if self.closed.wait(self._poll_s):
