@@ -41,6 +41,7 @@ RESERVED_METADATA = frozenset(
         "version",
     ]
 )
+END_FLAGS = ("terminated", "truncated")  # of a trajectory; batches have them as columns
 _RESERVED_TOP_LEVEL = frozenset({"zarr.json", "steps.arrow", "states.arrow", "pages.arrow"})
 _ILLEGAL_CHARACTERS = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|#%\[\]]')
 _MAX_COMPONENT_BYTES = 200
@@ -74,6 +75,29 @@ def check_column_path(path: str) -> None:
             raise ColumnNameError(f"column name {path!r} {why}; rename the column")
     if path.split("/", 1)[0] in _RESERVED_TOP_LEVEL or path.rsplit("/", 1)[-1] == "zarr.json":
         raise ColumnNameError(f"column name {path!r} is the name of one of the store's own files; rename the column")
+
+
+def check_no_flags(paths: Iterable[str]) -> None:
+    """Raise ``ColumnNameError`` if columns that nobody declared have the name of a flag that says how a trajectory ended.
+
+    It would look as if it were taken for the flag, and the trajectory would count as one that goes on.
+    """
+    for name in END_FLAGS:
+        if name in paths:
+            raise ColumnNameError(
+                f"column {name!r} has the name of the flag that says how a trajectory ended, of which batches and returns "
+                f"are made; pass {name}=bool(...) beside the columns, or, if it is to be a column all the same, declare it "
+                "(schema= of open, or store.declare)"
+            )
+
+
+def check_derived_name(path: str) -> None:
+    """Raise ``ColumnNameError`` if a computed column would hide what batches and the trajectory table have by that name."""
+    if path in RESERVED_METADATA:
+        raise ColumnNameError(
+            f"column {path!r} has a name that batches or the trajectory table give a meaning of their own; choose another "
+            "name"
+        )
 
 
 def check_metadata_name(name: str) -> None:

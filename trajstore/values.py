@@ -23,7 +23,7 @@ from trajstore.errors import (
     SchemaError,
     UnknownColumnError,
 )
-from trajstore.names import flatten
+from trajstore.names import check_no_flags, flatten
 from trajstore.schema import VARIABLE_DTYPES, Column, Schema, canonical_dtype
 from trajstore.stored import Array, Stored, exact_cast, list_array, ragged_values
 
@@ -73,6 +73,7 @@ def check_trajectory(tree: Mapping[str, Any], schema: Schema) -> tuple[CheckedTr
     if len(schema):
         columns = _checked(flat, schema)
     else:
+        check_no_flags(flat)
         rows = {path: rows_of(path, value) for path, value in flat.items()}
         schema = replace(schema, columns=infer_columns(rows))
         columns = {path: r.data for path, r in rows.items()}
@@ -98,6 +99,7 @@ def check_trajectories(
     if not lengths or min(lengths) < 1:
         raise LengthError(f"lengths {list(lengths)[:8]}, expected one number from 1 on for each trajectory")
     if not len(schema):
+        check_no_flags(flat)
         rows = {path: rows_of(path, value) for path, value in flat.items()}
         extra = {path for path, r in rows.items() if len(r) == states}
         inferred = [

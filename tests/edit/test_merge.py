@@ -178,22 +178,32 @@ def test_the_result_goes_on_as_a_store_of_its_own(tmp_path):
         assert frame["source_store"].iloc[2] == former.uuid
 
 
-def test_what_a_row_says_about_its_source_is_kept_field_by_field(tmp_path):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"source_id": 7},
+        {"source_store": "robot 3"},
+        {"source_store": "robot 3", "source_id": 7},
+        {"source_store": "0" * 32},
+    ],
+)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_people_wrote_into_these_fields_is_not_taken_for_lineage(tmp_path, fields, everywhere):
+    filled(tmp_path / "other", [1])
     with trajstore.open(tmp_path / "a", "a") as store:
-        store.append({"x": [1]}, source_store="robot 3")
-        store.append({"x": [2]})
-        uuid = store.uuid
-    trajstore.merge([tmp_path / "a"], tmp_path / "all")
-    with trajstore.open(tmp_path / "all") as store:
-        found = [t.metadata for t in store.trajectories]
-    assert found == [{"source_store": "robot 3"}, {"source_store": uuid, "source_id": 1}]
+        store.append({"x": [1]}, metadata=fields)
+        if not everywhere:
+            store.append({"x": [2]})
+    with pytest.raises(SchemaConflictError, match=r"has values of its own in .*say where a trajectory came from"):
+        trajstore.merge([tmp_path / "a"], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
 
 
 @pytest.mark.parametrize(("name", "value"), [("source_store", 3), ("source_id", "one"), ("source_id", 0.5)])
 def test_a_field_of_that_name_with_another_type_is_refused(tmp_path, name, value):
     with trajstore.open(tmp_path / "a", "a") as store:
         store.append({"x": [1]}, **{name: value})
-    with pytest.raises(SchemaConflictError, match=rf"metadata field '{name}' of type .*says where a"):
+    with pytest.raises(SchemaConflictError, match=rf"metadata field '{name}' of type .*say where a"):
         trajstore.merge([tmp_path / "a"], tmp_path / "all")
     assert not (tmp_path / "all").exists()
 

@@ -125,6 +125,8 @@ class RingStore:
             "ring_size": state.size,
             "ring_pointer": state.pointer,
         }
+        if not len(there):
+            self._store.declare(schema)  # whatever their names are
         first = 0
         for chunk in chunks(chunk_rows(schema)) if state.size else [_one_row(schema)]:
             self._store.append(chunk, metadata={**fields, "ring_first": first})

@@ -53,6 +53,8 @@ class RingTail:
         tail = self.rows
         if tail is None or not len(tail):
             return False
+        if not len(self.store.schema):
+            self.store.declare(tail.schema)  # whatever their names are
         fields = dict(zip(FIELDS, (self.stored.next, self.origin, self.capacity), strict=True))
         ref = self.store.append({name: rows[: len(tail)] for name, rows in tail.columns.items()}, metadata=fields)
         self.stored.append(ref, len(tail))

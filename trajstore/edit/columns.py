@@ -25,6 +25,7 @@ from trajstore.edit.rewrite import rewrite
 from trajstore.errors import CommitError, LengthError, SchemaConflictError, SchemaError, SelectionError
 from trajstore.format.manifest import Manifest, SegmentEntry
 from trajstore.format.snapshot import ManifestEntry
+from trajstore.names import check_derived_name
 from trajstore.progress import byte_progress
 from trajstore.read.access import StoreAccess
 from trajstore.read.table import TrajectoryTable
@@ -113,6 +114,7 @@ def add_column(
             did so again and again.
     """
     path = name if isinstance(name, str) else name.path
+    check_derived_name(path)
     known = head.snapshot.next_id
     for _ in range(_MOST_ROUNDS):
         head = _add_once(

@@ -6,6 +6,7 @@ Invariant: two metadata fields say it, ``source_store``, the identity of the sto
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from trajstore.errors import SchemaConflictError
 from trajstore.schema import Schema
 
 SOURCE_STORE, SOURCE_ID = "source_store", "source_id"
+_UUID = "^[0-9a-f]{32}$"
 LINEAGE = {SOURCE_STORE: "string", SOURCE_ID: "int64"}
 
 
@@ -44,7 +46,10 @@ def _is_known(source: Source) -> bool:
     table = source.selection.table
     if not all(name in table.schema.metadata for name in LINEAGE):
         return False
-    return not any(table.full[name].null_count for name in LINEAGE)
+    if any(table.full[name].null_count for name in LINEAGE):
+        return False
+    stores = table.full[SOURCE_STORE].unique()  # few: looked at instead of every row
+    return all(re.fullmatch(_UUID, one) for one in stores.to_pylist())
 
 
 def _lineage_of(source: Source) -> tuple[pa.Array, pa.Array]:
@@ -54,22 +59,28 @@ def _lineage_of(source: Source) -> tuple[pa.Array, pa.Array]:
     known = [name for name in LINEAGE if name in table.schema.metadata]
     if not known:
         return stores, ids
-    given = {name: table.values(name, rows) if name in known else pa.nulls(len(rows)) for name in LINEAGE}
-    unknown = pc.and_(*(values.is_null() for values in given.values()))
-    return (
-        pc.if_else(unknown, stores, given[SOURCE_STORE].cast(pa.string())),
-        pc.if_else(unknown, ids, given[SOURCE_ID].cast(pa.int64())),
-    )
+    given = {
+        name: table.values(name, rows).cast(field_type) if name in known else pa.nulls(len(rows), field_type)
+        for name, field_type in ((SOURCE_STORE, pa.string()), (SOURCE_ID, pa.int64()))
+    }
+    there, numbers = given[SOURCE_STORE], given[SOURCE_ID]
+    is_lineage = pc.and_(pc.match_substring_regex(pc.fill_null(there, ""), _UUID), numbers.is_valid())
+    if pc.any(pc.and_(pc.or_(there.is_valid(), numbers.is_valid()), pc.invert(is_lineage))).as_py():
+        raise _taken(source.filesystem.description, f"values of its own in {' and '.join(map(repr, known))}")
+    return pc.if_else(is_lineage, there, stores), pc.if_else(is_lineage, numbers, ids)
 
 
 def _check_names(schema: Schema, where: str) -> None:
     for name, kind in LINEAGE.items():
-        found = (
-            f"a column {name!r}" if name in schema else f"a metadata field {name!r} of type {schema.metadata.get(name)}"
-        )
-        if name in schema or schema.metadata.get(name, kind) != kind:
-            raise SchemaConflictError(
-                f"{where} has {found}; merge, split and save set a metadata field {name!r} of type {kind}, which says "
-                "where a trajectory came from: use view.save(lineage=False) for a part of one store, or append with another "
-                "name"
-            )
+        if name in schema:
+            raise _taken(where, f"a column {name!r}")
+        if schema.metadata.get(name, kind) != kind:
+            raise _taken(where, f"a metadata field {name!r} of type {schema.metadata[name]}")
+
+
+def _taken(where: str, found: str) -> SchemaConflictError:
+    return SchemaConflictError(
+        f"{where} has {found}; merge, split and save set the metadata fields {SOURCE_STORE!r}, the uuid of a store, and "
+        f"{SOURCE_ID!r}, a number, which say where a trajectory came from: use view.save(lineage=False) for a part of one "
+        "store, or append with other names"
+    )

@@ -67,6 +67,10 @@ class Supply:
     latest: Callable[[bool], Selection] | None = None
 
 
+# What batches hold besides with order="prioritized".
+_ADDED = (Value("index", torch.int64, ()), Value("weight", torch.float32, ()))
+
+
 class Pipeline:
     """Makes lots of batches.
 
@@ -81,6 +85,12 @@ class Pipeline:
         self.supplies = list(supplies)
         specs = agreed_windows([supply.selection for supply in supplies], options)
         self.spec = specs[0]
+        if options.order == "prioritized":
+            for name in (output.name for output in self.spec.outputs):
+                if name.split("/")[0] in {value.name for value in _ADDED}:
+                    raise SelectionError(
+                        f"column {name!r} has the name of what order='prioritized' adds to a batch; leave it out (columns=)"
+                    )
         self._sizes = list(sizes)
         self._making = threading.Lock()
         mixed = len(supplies) > 1
@@ -101,11 +111,10 @@ class Pipeline:
                 for supply, gatherer, planner in zip(supplies, self._gatherers, self._planners, strict=True)
                 if isinstance(planner, FollowPlanner) or (options.follow and isinstance(planner, PriorityPlanner))
             ]
-            extra = [Value("index", torch.int64, ()), Value("weight", torch.float32, ())]
             self._assembler = Assembler(
                 self.spec,
                 self._gatherers,
-                extra=extra if options.order == "prioritized" else (),
+                extra=_ADDED if options.order == "prioritized" else (),
                 device=None if options.device is None else with_index(options.device),
                 keep_buffers=options.prefetch + 2,
                 normalization=options.normalization,

@@ -22,7 +22,7 @@ from trajstore.errors import (
     UnknownColumnError,
 )
 from trajstore.format.manifest import check_metadata
-from trajstore.names import flatten
+from trajstore.names import check_no_flags, flatten
 from trajstore.schema import Column, Schema
 from trajstore.stored import Array, Stored
 from trajstore.values import Rows, check_rows, rows_of
@@ -206,6 +206,7 @@ class Episode:
         rows = {path: rows_of(path, buffer.contents()) for path, buffer in self._buffers.items()}
         schema = self._writer.schema
         if not len(schema):
+            check_no_flags(rows)
             schema = Schema(tuple(_infer_running(path, r) for path, r in rows.items()), schema.metadata)
         columns = {path: check_rows(schema[path], r) for path, r in rows.items()}
         if self._stream is None:
