@@ -17,7 +17,7 @@ def good(length=4):
 def stream(store, **more):
     with store.begin() as episode:
         episode.add(obs=np.zeros(2), reward=1.0, **more)
-        episode.end({"obs": np.zeros(2)})
+        episode.end(np.zeros(2))
 
 
 @pytest.mark.parametrize("name", ["terminated", "truncated"])

@@ -1,11 +1,14 @@
 """Views: selection, filters, frames, columns, and plain sampling."""
 
+import datetime as dt
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import trajstore
+from trajstore.errors import SelectionError
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +275,26 @@ def test_nested_columns_come_back_nested():
         assert batch["obs"]["c"].shape == (5, 2)
         with pytest.raises(trajstore.UnknownColumnError, match="'obs/a/b'"):
             t["obs/x"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "count"),
+    [
+        ("created_at > '2026-01-01'", 2),
+        ("created_at > '2026-01-01T00:00:00Z'", 2),
+        ("created_at > '2026-01-01 01:00:00+01:00' and length > 2", 1),
+        ("created_at < '2026-01-01'", 0),
+        ("created_at > @some_day", 2),
+    ],
+)
+def test_times_are_written_with_or_without_a_zone(tmp_path, expression, count):
+    with trajstore.open(tmp_path / "times", "a") as store:
+        for length in (2, 3):
+            store.append({"reward": np.ones(length)})
+        store.flush()
+        for some_day in (dt.datetime(2026, 1, 1), dt.datetime(2026, 1, 1, tzinfo=dt.UTC)):
+            assert len(store.trajectories.filter(expression, some_day=some_day)) == count
+        with pytest.raises(SelectionError, match="name 'true' is not defined .write True, False."):
+            store.trajectories.filter("terminated == true")
+        with pytest.raises(SelectionError, match='with two "="'):
+            store.trajectories.filter("length = 3")

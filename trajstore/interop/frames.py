@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def uuid_text(column: pa.ChunkedArray) -> Array:
 
 
 def query(table: pa.Table, expression: str, variables: dict[str, Any]) -> Array:
-    """Positions of the rows for which an expression over their fields holds.
+    """Positions of the rows for which an expression over their fields holds. Times without a zone are UTC.
 
     Raises:
         SelectionError: The expression cannot be understood, or names an unknown field.
@@ -72,21 +73,32 @@ def query(table: pa.Table, expression: str, variables: dict[str, Any]) -> Array:
     fields = ["id", *_fields(table)]
     frame = trajectory_frame(table, named_in=str(expression))
     try:
-        found = frame.reset_index().eval(expression, engine="python", local_dict=variables)
+        found = _evaluated(frame.reset_index(), expression, variables)
     except pd.errors.UndefinedVariableError as error:
-        raise SelectionError(f"filter {expression!r}: {error}; the fields are {', '.join(fields)}") from error
+        name = re.search(r"name '(true|false|none|null)'", str(error))
+        how = " (write True, False)" if name else ""
+        raise SelectionError(f"filter {expression!r}: {error}{how}; the fields are {', '.join(fields)}") from error
     except Exception as error:  # pandas raises what its parser and its operators raise
         raise SelectionError(
             f"filter {expression!r} is not an expression over {', '.join(fields)}: {error}; write it like "
-            "\"length > 100 and task == 'pick'\""
+            "\"length > 100 and task == 'pick'\" or \"created_at > '2026-01-31'\""
         ) from error
     holds = _truths(found, len(frame))
     if holds is None:  # pandas would take numbers for labels of rows
         raise SelectionError(
             f"filter {expression!r} gives {_described(found)}, expected true or false for each trajectory; compare with "
-            'something: "success == 1"'
+            'something, with two "=": "success == 1"'
         )
     return np.flatnonzero(holds)
+
+
+def _evaluated(frame: pd.DataFrame, expression: str, variables: dict[str, Any]) -> Any:
+    try:
+        return frame.eval(expression, engine="python", local_dict=variables)
+    except TypeError:  # times with a zone are not compared with times without one
+        times = frame.select_dtypes("datetimetz").columns
+        plain = frame.assign(**{name: frame[name].dt.tz_convert("UTC").dt.tz_localize(None) for name in times})
+        return plain.eval(expression, engine="python", local_dict=variables)
 
 
 def _truths(found: Any, rows: int) -> Array | None:
