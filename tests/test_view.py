@@ -294,7 +294,7 @@ def test_times_are_written_with_or_without_a_zone(tmp_path, expression, count):
         store.flush()
         for some_day in (dt.datetime(2026, 1, 1), dt.datetime(2026, 1, 1, tzinfo=dt.UTC)):
             assert len(store.trajectories.filter(expression, some_day=some_day)) == count
-        with pytest.raises(SelectionError, match="name 'true' is not defined .write True, False."):
+        with pytest.raises(SelectionError, match=r"name 'true' is not defined \(write True, False\)"):
             store.trajectories.filter("terminated == true")
         with pytest.raises(SelectionError, match='with two "="'):
             store.trajectories.filter("length = 3")
