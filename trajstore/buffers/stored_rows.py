@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trajstore.buffers.filed import FiledTrajectories
 from trajstore.stored import Array
 from trajstore.view import View
 from trajstore.write.batch import TrajectoryRef
@@ -37,8 +38,7 @@ class StoredRows:
         counts = np.asarray(lengths, np.int64)
         self._firsts: list[int] = (stop - np.cumsum(counts[::-1])[::-1]).tolist()
         self._array: Array | None = None
-        self._ids = np.asarray(ids, np.int64)  # (m,) int64 of those that are committed, the oldest
-        self._refs: list[TrajectoryRef] = []  # of the others
+        self._filed = FiledTrajectories(ids)
 
     def __len__(self) -> int:
         return len(self._firsts)
@@ -57,7 +57,7 @@ class StoredRows:
     def append(self, ref: TrajectoryRef, n: int) -> None:
         """A trajectory of ``n`` rows was appended to the store."""
         self._firsts.append(self.next)
-        self._refs.append(ref)
+        self._filed.add([ref])
         self._array = None
         self.next += n
 
@@ -74,32 +74,17 @@ class StoredRows:
     def forget_oldest(self, n: int) -> None:
         """The first ``n`` trajectories, all of them committed, were deleted."""
         del self._firsts[:n]
-        self._ids = self._ids[n:]
+        self._filed.forget_oldest(n)
         self._array = None
 
     def lost(self) -> int:
         """After a flush of the store: trajectories that were appended and never committed."""
-        self._learn_ids()
-        return len(self._refs)
+        return self._filed.count_waiting()
 
     def differences(self, view: View) -> tuple[int, int]:
         """How many trajectories of a store's view are not among these, and how many committed ones are missing there."""
-        self._learn_ids()
-        return len(np.setdiff1d(view.ids, self._ids)), len(np.setdiff1d(self._ids, view.ids))
+        return self._filed.differences(view)
 
     def are_those_of(self, view: View) -> bool:
         """Whether these, and no others, are the trajectories of a store's view."""
-        self._learn_ids()
-        found = view.ids  # -1 while not committed
-        if len(found) != len(self) or (found[: len(self._ids)] != self._ids).any():
-            return False
-        waiting = zip(found[len(self._ids) :].tolist(), self._refs, strict=True)
-        return all(number == -1 or ref.id in (None, number) for number, ref in waiting)
-
-    def _learn_ids(self) -> None:
-        known = 0
-        while known < len(self._refs) and self._refs[known].id is not None:
-            known += 1
-        if known:
-            self._ids = np.concatenate([self._ids, np.array([ref.id for ref in self._refs[:known]], np.int64)])
-            del self._refs[:known]
+        return self._filed.are_all_of(view)

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 import trajstore
+from trajstore.buffers.filed import FiledTrajectories
 from trajstore.buffers.rlinf import columns as parts
 from trajstore.buffers.rlinf import rollouts
 from trajstore.buffers.rlinf.columns import Rollout
 from trajstore.buffers.rlinf.filing import FilingQueue
 from trajstore.buffers.rlinf.index import RolloutIndex
-from trajstore.buffers.rlinf.pieces import FiledPieces
 from trajstore.buffers.rlinf.resources import CacheKnobs, Resources
 from trajstore.edit.borrow import Pins
 from trajstore.edit.combine import Share, combine
@@ -76,7 +76,7 @@ class Holding:
         self._finalizer = weakref.finalize(self, self._resources.close)
         self._filing = FilingQueue(self._resources.filing)
         self.index = RolloutIndex()  # of what is filed
-        self._pieces = FiledPieces()  # of these
+        self._pieces = FiledTrajectories()  # of these
         self.count = 0  # rollouts that were put
         self.num_samples = 0  # of these
         self.next_id = 0
@@ -445,7 +445,7 @@ class Holding:
         view = store.trajectories
         found = rollouts.find(view)
         self._shared = parts.shared_in(store.schema)
-        self._pieces = FiledPieces(view.ids[found.rows])
+        self._pieces = FiledTrajectories(view.ids[found.rows])
         self.index = RolloutIndex(found.entries)
         self.next_id = max((entry.id + 1 for entry in found.entries), default=0)
         self._count()
@@ -458,7 +458,7 @@ class Holding:
 
     def _forget(self) -> None:
         """Count from 0."""
-        self.index, self._pieces = RolloutIndex(), FiledPieces()
+        self.index, self._pieces = RolloutIndex(), FiledTrajectories()
         self.next_id = self._taken = 0
         self._shared = frozenset()
         self._count()

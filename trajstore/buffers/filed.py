@@ -1,8 +1,8 @@
-"""Which stored trajectories hold the rollouts of a buffer, by their identity.
+"""Which trajectories of a store are those of a buffer, by their identity.
 
-Invariant: a piece is known by its id in the store, which is never given twice, so one of another writer is never taken for
-one of these; until it is committed it is known by what ``append`` returned. Pieces stand in the order in which they were
-appended, which is that of their ids.
+Invariant: one is known by its id in the store, which is never given twice, so one of another writer is never taken for one
+of these; until it is committed it is known by what ``append`` returned. They stand in the order in which they were appended,
+which is that of their ids.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trajstore.view import View
 from trajstore.write.batch import TrajectoryRef
 
 
-class FiledPieces:
+class FiledTrajectories:
     """The trajectories that a buffer found in its store or appended to it.
 
     Args:
@@ -38,6 +38,11 @@ class FiledPieces:
         """``(n,)`` int64: ids of the first ``n``, all of them committed."""
         self._learn_ids()
         return self._ids[:n]
+
+    def count_waiting(self) -> int:
+        """How many are not known to be committed."""
+        self._learn_ids()
+        return len(self._refs)
 
     def forget_oldest(self, n: int) -> None:
         """The first ``n`` were deleted."""
