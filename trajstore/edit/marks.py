@@ -23,6 +23,7 @@ from trajstore.errors import (
 from trajstore.format import layout
 from trajstore.format.marks import Farewell, Pin, Tag, check_tag_name
 from trajstore.read.bases import absolute
+from trajstore.storage.age import check_age
 from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem
 
@@ -57,10 +58,11 @@ def tag(filesystem: Filesystem, history: History, name: str, version: Version, *
             f"the tag {name!r} of {filesystem.description} is at version {found.version}; choose another name, or move it "
             "(move=True)"
         )
+    began = history.moment()
     with held(filesystem, history, version):  # so that the name is not taken from one version and given to none
+        check_age(history.moment() - began, where=filesystem.description)  # who sleeps for days is held no more
         if not same:
             filesystem.overwrite(key, made.to_bytes(), durable=True)
-            _check_stands(filesystem, history, version)  # who sleeps longer than the grace is held no more
     return found if same else made
 
 

@@ -53,8 +53,9 @@ def relocation(
     """
     was, to = os.fspath(old), absolute(os.fspath(new))
     urls: dict[tuple[str, str], str] = {}
+    as_stored = any(moved(base.url, was, to) for base in snapshot.bases)  # else it is seen from the working directory
     for base in snapshot.bases:
-        place = moved(base.url, was, to) or moved(absolute(base.url, seen_from=url), absolute(was), to)
+        place = moved(base.url, was, to) if as_stored else moved(absolute(base.url, seen_from=url), absolute(was), to)
         if place is None:
             continue
         found = Base(reference(place, seen_from=url), base.store_uuid)
