@@ -652,6 +652,49 @@ def test_repair_keeps_trajectories_whose_derived_column_is_lost(copy):
     assert looked_at(copy, deep=True).ok
 
 
+def test_repair_leaves_out_what_lies_in_a_store_that_is_gone(copy):
+    target = copy.parent / "b"
+    borrow(copy, target, pins="required")
+    with trajstore.open(target, "a") as store:
+        stores.append(store, 8)
+    trajstore.merge([target, stores.filled(copy.parent / "c", [9])], copy.parent / "all")
+    shutil.rmtree(copy)
+    report = looked_at(copy.parent / "all", deep=True)
+    assert facts(report) == [("error", "base-missing", "../a")]
+    assert report.errors[0].message.count("restore it from a copy") == 1
+    assert repaired(copy.parent / "all", report) == 2
+    stores.holds(copy.parent / "all", [8, 9])
+    again = looked_at(copy.parent / "all", deep=True)
+    assert facts(again) == [("warning", "base-missing", "../a")]
+    assert repaired(copy.parent / "all", again) is None
+
+
+def test_repair_keeps_trajectories_whose_derived_column_lies_in_a_store_that_is_gone(copy):
+    """Segments of one store, derived columns of another."""
+    target = copy.parent / "b"
+    borrow(copy, target, pins="required")
+    with trajstore.open(target, "a") as store:
+        store.add_column("double", lambda t: t["reward"] * 2, columns=["reward"])
+    trajstore.merge([target], copy.parent / "all")
+    shutil.rmtree(target)
+    report = looked_at(copy.parent / "all")
+    assert facts(report)[0] == ("error", "base-missing", "../b")
+    assert repaired(copy.parent / "all", report) is not None
+    assert looked_at(copy.parent / "all", deep=True).ok
+    with trajstore.open(copy.parent / "all") as store:
+        assert stores.numbers_in(store.trajectories) == list(NUMBERS)
+        assert all("double" not in trajectory.columns for trajectory in store.trajectories)
+
+
+def test_repair_leaves_alone_what_lies_in_a_store_that_is_not_trusted(copy):
+    away = copy.parent / "deep" / "b"
+    away.parent.mkdir()
+    borrow(copy, away, pins="required")
+    report = looked_at(away)
+    assert not report.ok
+    assert repaired(away, report) is None
+
+
 def test_vacuum_at_the_same_time_is_no_damage(copy, monkeypatch):
     """What a version lacks that is emptied meanwhile is not missed."""
     with trajstore.open(copy, "a") as store:
