@@ -32,7 +32,7 @@ from trajstore.errors import CorruptionError
 from trajstore.format import layout
 from trajstore.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_entry
 from trajstore.format.pages import decode_page_index
-from trajstore.format.snapshot import Base, Snapshot
+from trajstore.format.snapshot import Base, Snapshot, digest
 from trajstore.read.selection import Selection
 from trajstore.storage.age import GRACE
 from trajstore.storage.connect import connect
@@ -581,6 +581,76 @@ def test_a_base_number_that_is_none(copy, borrower):
     found = looked_at(borrower).findings
     assert {(f.kind, f.where) for f in found if f.severity == "error"} == {("segment-table", path)}
     assert Base  # the snapshot names none
+
+
+# A latest version that cannot be read
+
+
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"{}"])
+def test_a_damaged_latest_version(copy, garbage):
+    key = layout.snapshot_key(COMMITS)
+    (copy / key).write_bytes(garbage)
+    with pytest.raises(CorruptionError, match="version 3 is the last that can be read") as caught:
+        trajstore.open(copy)
+    for part in (key, "restore it from a copy", "version=3", "--repair", "past_damage=True"):
+        assert part in str(caught.value)
+    stores.holds(copy, range(6), version=3)
+    report = looked_at(copy, past_damage=True)
+    assert facts(report) == [("error", "snapshot", key), ("note", "orphans", "")]
+    assert "version 3 holds" in report.errors[0].message
+    before = stores.objects_of(copy)
+    with trajstore.open(copy, "a", past_damage=True) as store:
+        assert store.num_trajectories == 6
+        assert store.repair(report) == COMMITS + 1
+        assert store.repair(store.verify()) is None
+    stores.holds(copy, range(6))
+    assert {k: v for k, v in stores.objects_of(copy).items() if k in before and k != layout.LATEST_HINT} == {
+        k: v for k, v in before.items() if k != layout.LATEST_HINT
+    }
+    assert snapshot(copy, COMMITS + 1).parent_sha256 == digest(garbage)
+    again = looked_at(copy, deep=True)
+    assert again.ok
+    assert ("warning", "snapshot", key) in facts(again) or not garbage
+    with trajstore.open(copy, "a") as store:
+        assert 5 in store.versions().index
+        assert COMMITS not in store.versions().index
+        stores.append(store, 9)
+        store.flush()
+        assert store.trajectories.ids[-1] >= 8, "ids 6 and 7 were given by the version that is lost"
+    stores.holds(copy, [*range(6), 9])
+
+
+def test_a_handle_that_was_open_before_the_damage_and_the_repair_do_not_fork_history(copy):
+    with trajstore.open(copy, "a") as late:
+        (copy / layout.snapshot_key(COMMITS)).write_bytes(b"garbage")
+        with trajstore.open(copy, "a", past_damage=True) as store:
+            assert store.repair(store.verify()) == COMMITS + 1
+        stores.append(late, 9)
+        late.flush()
+        assert late.version == COMMITS + 2
+    stores.holds(copy, [*range(6), 9])
+
+
+def test_an_earlier_version_can_be_restored_past_a_damaged_one(copy):
+    for version in (3, 4):
+        (copy / layout.snapshot_key(version)).write_bytes(b"garbage")
+    with pytest.raises(CorruptionError, match="version 2 is the last that can be read"):
+        trajstore.open(copy, "a")
+    with trajstore.open(copy, "a", past_damage=True) as store:
+        assert store.restore(1) == COMMITS + 1
+    stores.holds(copy, range(2))
+
+
+def test_a_store_none_of_whose_versions_can_be_read(copy):
+    for version in range(1, COMMITS + 1):
+        (copy / layout.snapshot_key(version)).write_bytes(b"garbage")
+    with pytest.raises(CorruptionError, match="no version before it can be read either"):
+        trajstore.open(copy)
+    with trajstore.open(copy, "a", past_damage=True) as store:
+        report = store.verify()
+        assert [f.kind for f in report.errors].count("snapshot") == COMMITS
+        assert store.repair(report) is None
+    assert not (copy / layout.snapshot_key(COMMITS + 1)).exists()
 
 
 # Repair

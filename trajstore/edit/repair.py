@@ -51,7 +51,8 @@ def repair(filesystem: Filesystem, history: History, head: Version, report: Repo
     """Make a version without the trajectories whose segments are missing or damaged, or lie in a store that is not there.
 
     Derived columns that are damaged are left out too, and can be computed again: ``add_column``. What only earlier versions
-    lack is a warning from then on.
+    lack is a warning from then on. Where the latest version itself is damaged, the new one comes after it and holds what the
+    last readable one holds.
 
     Args:
         filesystem: Where the store is.
@@ -69,6 +70,8 @@ def repair(filesystem: Filesystem, history: History, head: Version, report: Repo
         CommitError: Others were faster again and again.
     """
     head = history.latest(head.number)
+    if head.shows == 0:  # nothing can be read: only a copy helps
+        return None
     before = head
     lost = {f.segment for f in report.errors if f.kind in LOSSES and f.segment is not None}
     lost |= _in_missing_stores(history, head, {f.where for f in report.errors if f.kind == MISSING_STORE})
@@ -77,7 +80,7 @@ def repair(filesystem: Filesystem, history: History, head: Version, report: Repo
     for _ in range(_MAX_TRIES):
         ids = _lost_ids(history, head, lost) if lost else np.empty(0, np.int64)
         behind = any(f.version is not None and f.version < head.number for f in report.errors)
-        if not len(ids) and (head is not before or not behind):
+        if not len(ids) and head.shows is None and (head is not before or not behind):
             return head if head is not before else None
         try:
             return history.commit(LeaveOut(ids), head)
