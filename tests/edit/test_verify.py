@@ -23,6 +23,7 @@ import trajstore
 from tests.edit import stores
 from tests.support.kinds import every_kind, trajectory_of
 from tests.support.s3_server import S3Server
+from trajstore.edit.check_arrow import ends_problem, metadata_bytes
 from trajstore.edit.combine import Source, combine
 from trajstore.edit.findings import Report
 from trajstore.edit.marks import pin, tag
@@ -31,7 +32,7 @@ from trajstore.edit.verify import verify
 from trajstore.errors import CorruptionError
 from trajstore.format import layout
 from trajstore.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_entry
-from trajstore.format.pages import decode_page_index
+from trajstore.format.pages import PageSource, arrow_schema, decode_page_index
 from trajstore.format.snapshot import Base, Snapshot, digest
 from trajstore.read.selection import Selection
 from trajstore.storage.age import GRACE
@@ -249,6 +250,52 @@ def test_the_store_document_while_the_store_is_open(copy):
         (copy / layout.STORE_DOCUMENT).unlink()
         report = verify(store._filesystem, store._access)
         assert facts(report) == [("error", "store-document", layout.STORE_DOCUMENT)]
+
+
+@pytest.mark.parametrize("name", ["steps.arrow", "states.arrow"])
+def test_every_byte_of_an_arrow_file_beside_its_pages(tmp_path, monkeypatch, name):
+    """Readers other than trajstore need them."""
+    monkeypatch.setattr("trajstore.write.shard.TARGET_ARROW_PAGE_BYTES", 64)
+    with trajstore.open(tmp_path / "a", "x") as store:
+        store.declare([*stores.SCHEMA, trajstore.Column(path="flag", dtype="bool", extra=1)])
+        store.append({**stores.numbered(6), "flag": np.ones(8, bool)})
+    path = tmp_path / "a" / layout.segment_key(segment_of(tmp_path / "a", 1), name)
+    index = decode_page_index((path.parent / "pages.arrow").read_bytes())
+    (source,) = (s for s in index if s.object == name)
+    whole = path.read_bytes()
+    pages = range(int(source.offsets[0]), int(source.offsets[-1] + source.nbytes[-1]))
+    assert len(source.offsets) > 1
+    with trajstore.open(tmp_path / "a") as store:
+        assert store.verify(deep=True).findings == ()
+        for offset in [o for o in range(len(whole)) if o not in pages][::7]:
+            data = bytearray(whole)
+            data[offset] ^= 255
+            path.write_bytes(data)
+            found = facts(store.verify(deep=True))
+            assert [(severity, kind) for severity, kind, _ in found] == [("error", "arrow-file")], offset
+            assert found[0][2].endswith(name)
+
+
+def test_ends_of_an_arrow_file_that_another_pyarrow_wrote():
+    """Other bytes that say the same."""
+    columns = [trajstore.Column(path="x", dtype="float64")]
+    schema = arrow_schema(columns)
+    metadata = {"written": "otherwise"}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema.with_metadata(metadata)) as writer:
+        writer.write_batch(pa.record_batch([pa.array([1.0, 2.0])], schema=schema.with_metadata(metadata)))
+    file = sink.getvalue().to_pybytes()
+    reader = pa.BufferReader(file[8:])
+    pa.ipc.read_message(reader)
+    first = 8 + reader.tell()
+    pa.ipc.read_message(reader)
+    last = 8 + reader.tell()
+    one = np.array([1])
+    source = PageSource("steps.arrow", ("x",), 2, 2, "none", one * first, one * (last - first), one)
+    sizes = [metadata_bytes(file[first : first + 8])]
+    assert ends_problem(columns, source, sizes, file[:first], file[last:]) is None
+    for head, tail in ((file[:first], b"?" + file[last:-1]), (b"", file[last:])):
+        assert "not what was written" in str(ends_problem(columns, source, sizes, head, tail))
 
 
 def test_damaged_pages_of_an_object_are_one_finding(tmp_path):
