@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import trajstore
 from tests.support.commands import done, run
 from trajstore import cli, console
+from trajstore.format import layout
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +321,19 @@ def test_errors_of_the_system_are_one_sentence(capsys):
         console.run(command)
     assert end.value.code == 1
     assert "error: /data/x: No space left on device" in capsys.readouterr().err
+
+
+def test_verify_repairs_a_store_whose_latest_version_is_damaged(url, tmp_path):
+    copy = shutil.copytree(url, tmp_path / "store")
+    (copy / layout.snapshot_key(6)).write_bytes(b"garbage")
+    assert "version 5 is the last that can be read: open it with --version 5" in run("ls", copy).complaint
+    assert done("ls", copy, "--version", 5).out
+    found = run("verify", copy)
+    assert found.code == 1
+    assert "snapshot" in found.out
+    repaired = run("verify", copy, "--repair")
+    assert repaired.code == 0
+    assert "version 7 holds what can be read: no errors are left" in repaired.said
+    assert "damaged" not in done("versions", copy).out
+    with trajstore.open(copy) as store:
+        assert (store.version, store.num_trajectories) == (7, 3)

@@ -111,7 +111,7 @@ class Edited:
             names.setdefault(one.version, []).append(one.name)
         rows: list[dict[str, Any]] = []
         latest = self._history.latest(self._current().number)
-        for version in itertools.islice(self._history.standing(latest), limit):
+        for version in itertools.islice(self._history.standing(latest, past_damage=True), limit):
             snapshot = version.snapshot
             rows.append(
                 {

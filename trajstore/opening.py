@@ -58,6 +58,7 @@ def open(
     storage_options: Mapping[str, Any] | None = None,
     single_writer: bool = False,
     bases: Mapping[str, Mapping[str, Any] | None] | None = None,
+    past_damage: bool = False,
 ) -> Store:
     """Open a store of trajectories.
 
@@ -79,13 +80,16 @@ def open(
         single_writer: Allow a storage that cannot create an object atomically; you promise that nobody else writes.
         bases: Where other stores may lie that this one refers to, besides its own parent folder: prefixes of URLs or paths
             (relative ones are seen from the working directory), with the storage options of each, or None.
+        past_damage: If the latest version is damaged, show what the last readable one holds in its place, for ``verify``,
+            ``repair`` and ``restore``: what is committed next goes on from there, and the damaged version stays as it is.
 
     Raises:
         StoreNotFoundError: Mode ``"r"`` and no store there, or a bucket that does not exist.
         StoreExistsError: Mode ``"x"`` and a store is there.
         UnsupportedStorageError: A storage that cannot create an object atomically, opened for writing.
         FormatVersionError: A store of a newer trajstore.
-        UntrustedBaseError: It refers to segments of a store elsewhere, when they are first looked at.
+        CorruptionError: The latest version is damaged; says which one can be read.
+        UntrustedBaseError: It refers to segments of a store elsewhere, when they are first read.
 
     Examples:
         >>> import numpy as np, trajstore
@@ -118,8 +122,17 @@ def open(
     if not filesystem.url.startswith("memory://"):
         reopen = functools.partial(_reopened, filesystem.url, storage_options, cache, trusted)
     others = Bases(filesystem.url, _connect_base, options=storage_options, trusted=trusted)
+    history = History(filesystem, past_damage=past_damage)
     return open_on(
-        filesystem, mode, declared=declared, version=version, options=options, cache=cache, bases=others, reopen=reopen
+        filesystem,
+        mode,
+        declared=declared,
+        version=version,
+        options=options,
+        history=history,
+        cache=cache,
+        bases=others,
+        reopen=reopen,
     )
 
 

@@ -56,7 +56,7 @@ def test_moved_stores_are_found_again(borrower, tmp_path):
     assert urls_of(borrower) == ["../runs/a", "../runs/b", str(tmp_path / "far/c")]
     shutil.move(tmp_path / "here/runs", tmp_path / "here/kept")
     with trajstore.open(borrower, bases=far) as store, pytest.raises(StoreNotFoundError, match="move it back"):
-        store.trajectories  # noqa: B018
+        store.trajectories.read("action")
     before = objects_of(tmp_path / "here/kept")
     version = relocate(borrower, tmp_path / "here/runs", tmp_path / "here/kept")
     assert (version.number, version.snapshot.operation) == (2, "relocate")

@@ -23,6 +23,7 @@ import trajstore
 from tests.edit import stores
 from tests.support.kinds import every_kind, trajectory_of
 from tests.support.s3_server import S3Server
+from trajstore.edit.check_arrow import ends_problem, metadata_bytes
 from trajstore.edit.combine import Source, combine
 from trajstore.edit.findings import Report
 from trajstore.edit.marks import pin, tag
@@ -31,8 +32,8 @@ from trajstore.edit.verify import verify
 from trajstore.errors import CorruptionError
 from trajstore.format import layout
 from trajstore.format.manifest import Manifest, decode_manifest, encode_manifest, manifest_entry
-from trajstore.format.pages import decode_page_index
-from trajstore.format.snapshot import Base, Snapshot
+from trajstore.format.pages import PageSource, arrow_schema, decode_page_index
+from trajstore.format.snapshot import Base, Snapshot, digest
 from trajstore.read.selection import Selection
 from trajstore.storage.age import GRACE
 from trajstore.storage.connect import connect
@@ -249,6 +250,52 @@ def test_the_store_document_while_the_store_is_open(copy):
         (copy / layout.STORE_DOCUMENT).unlink()
         report = verify(store._filesystem, store._access)
         assert facts(report) == [("error", "store-document", layout.STORE_DOCUMENT)]
+
+
+@pytest.mark.parametrize("name", ["steps.arrow", "states.arrow"])
+def test_every_byte_of_an_arrow_file_beside_its_pages(tmp_path, monkeypatch, name):
+    """Readers other than trajstore need them."""
+    monkeypatch.setattr("trajstore.write.shard.TARGET_ARROW_PAGE_BYTES", 64)
+    with trajstore.open(tmp_path / "a", "x") as store:
+        store.declare([*stores.SCHEMA, trajstore.Column(path="flag", dtype="bool", extra=1)])
+        store.append({**stores.numbered(6), "flag": np.ones(8, bool)})
+    path = tmp_path / "a" / layout.segment_key(segment_of(tmp_path / "a", 1), name)
+    index = decode_page_index((path.parent / "pages.arrow").read_bytes())
+    (source,) = (s for s in index if s.object == name)
+    whole = path.read_bytes()
+    pages = range(int(source.offsets[0]), int(source.offsets[-1] + source.nbytes[-1]))
+    assert len(source.offsets) > 1
+    with trajstore.open(tmp_path / "a") as store:
+        assert store.verify(deep=True).findings == ()
+        for offset in [o for o in range(len(whole)) if o not in pages][::7]:
+            data = bytearray(whole)
+            data[offset] ^= 255
+            path.write_bytes(data)
+            found = facts(store.verify(deep=True))
+            assert [(severity, kind) for severity, kind, _ in found] == [("error", "arrow-file")], offset
+            assert found[0][2].endswith(name)
+
+
+def test_ends_of_an_arrow_file_that_another_pyarrow_wrote():
+    """Other bytes that say the same."""
+    columns = [trajstore.Column(path="x", dtype="float64")]
+    schema = arrow_schema(columns)
+    metadata = {"written": "otherwise"}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema.with_metadata(metadata)) as writer:
+        writer.write_batch(pa.record_batch([pa.array([1.0, 2.0])], schema=schema.with_metadata(metadata)))
+    file = sink.getvalue().to_pybytes()
+    reader = pa.BufferReader(file[8:])
+    pa.ipc.read_message(reader)
+    first = 8 + reader.tell()
+    pa.ipc.read_message(reader)
+    last = 8 + reader.tell()
+    one = np.array([1])
+    source = PageSource("steps.arrow", ("x",), 2, 2, "none", one * first, one * (last - first), one)
+    sizes = [metadata_bytes(file[first : first + 8])]
+    assert ends_problem(columns, source, sizes, file[:first], file[last:]) is None
+    for head, tail in ((file[:first], b"?" + file[last:-1]), (b"", file[last:])):
+        assert "not what was written" in str(ends_problem(columns, source, sizes, head, tail))
 
 
 def test_damaged_pages_of_an_object_are_one_finding(tmp_path):
@@ -583,6 +630,76 @@ def test_a_base_number_that_is_none(copy, borrower):
     assert Base  # the snapshot names none
 
 
+# A latest version that cannot be read
+
+
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"{}"])
+def test_a_damaged_latest_version(copy, garbage):
+    key = layout.snapshot_key(COMMITS)
+    (copy / key).write_bytes(garbage)
+    with pytest.raises(CorruptionError, match="version 3 is the last that can be read") as caught:
+        trajstore.open(copy)
+    for part in (key, "restore it from a copy", "version=3", "--repair", "past_damage=True"):
+        assert part in str(caught.value)
+    stores.holds(copy, range(6), version=3)
+    report = looked_at(copy, past_damage=True)
+    assert facts(report) == [("error", "snapshot", key), ("note", "orphans", "")]
+    assert "version 3 holds" in report.errors[0].message
+    before = stores.objects_of(copy)
+    with trajstore.open(copy, "a", past_damage=True) as store:
+        assert store.num_trajectories == 6
+        assert store.repair(report) == COMMITS + 1
+        assert store.repair(store.verify()) is None
+    stores.holds(copy, range(6))
+    assert {k: v for k, v in stores.objects_of(copy).items() if k in before and k != layout.LATEST_HINT} == {
+        k: v for k, v in before.items() if k != layout.LATEST_HINT
+    }
+    assert snapshot(copy, COMMITS + 1).parent_sha256 == digest(garbage)
+    again = looked_at(copy, deep=True)
+    assert again.ok
+    assert ("warning", "snapshot", key) in facts(again) or not garbage
+    with trajstore.open(copy, "a") as store:
+        assert 5 in store.versions().index
+        assert COMMITS not in store.versions().index
+        stores.append(store, 9)
+        store.flush()
+        assert store.trajectories.ids[-1] >= 8, "ids 6 and 7 were given by the version that is lost"
+    stores.holds(copy, [*range(6), 9])
+
+
+def test_a_handle_that_was_open_before_the_damage_and_the_repair_do_not_fork_history(copy):
+    with trajstore.open(copy, "a") as late:
+        (copy / layout.snapshot_key(COMMITS)).write_bytes(b"garbage")
+        with trajstore.open(copy, "a", past_damage=True) as store:
+            assert store.repair(store.verify()) == COMMITS + 1
+        stores.append(late, 9)
+        late.flush()
+        assert late.version == COMMITS + 2
+    stores.holds(copy, [*range(6), 9])
+
+
+def test_an_earlier_version_can_be_restored_past_a_damaged_one(copy):
+    for version in (3, 4):
+        (copy / layout.snapshot_key(version)).write_bytes(b"garbage")
+    with pytest.raises(CorruptionError, match="version 2 is the last that can be read"):
+        trajstore.open(copy, "a")
+    with trajstore.open(copy, "a", past_damage=True) as store:
+        assert store.restore(1) == COMMITS + 1
+    stores.holds(copy, range(2))
+
+
+def test_a_store_none_of_whose_versions_can_be_read(copy):
+    for version in range(1, COMMITS + 1):
+        (copy / layout.snapshot_key(version)).write_bytes(b"garbage")
+    with pytest.raises(CorruptionError, match="no version before it can be read either"):
+        trajstore.open(copy)
+    with trajstore.open(copy, "a", past_damage=True) as store:
+        report = store.verify()
+        assert [f.kind for f in report.errors].count("snapshot") == COMMITS
+        assert store.repair(report) is None
+    assert not (copy / layout.snapshot_key(COMMITS + 1)).exists()
+
+
 # Repair
 
 
@@ -650,6 +767,49 @@ def test_repair_keeps_trajectories_whose_derived_column_is_lost(copy):
         for trajectory in store.trajectories:
             np.testing.assert_array_equal(trajectory["return"][:], trajectory["reward"][:].cumsum())
     assert looked_at(copy, deep=True).ok
+
+
+def test_repair_leaves_out_what_lies_in_a_store_that_is_gone(copy):
+    target = copy.parent / "b"
+    borrow(copy, target, pins="required")
+    with trajstore.open(target, "a") as store:
+        stores.append(store, 8)
+    trajstore.merge([target, stores.filled(copy.parent / "c", [9])], copy.parent / "all")
+    shutil.rmtree(copy)
+    report = looked_at(copy.parent / "all", deep=True)
+    assert facts(report) == [("error", "base-missing", "../a")]
+    assert report.errors[0].message.count("restore it from a copy") == 1
+    assert repaired(copy.parent / "all", report) == 2
+    stores.holds(copy.parent / "all", [8, 9])
+    again = looked_at(copy.parent / "all", deep=True)
+    assert facts(again) == [("warning", "base-missing", "../a")]
+    assert repaired(copy.parent / "all", again) is None
+
+
+def test_repair_keeps_trajectories_whose_derived_column_lies_in_a_store_that_is_gone(copy):
+    """Segments of one store, derived columns of another."""
+    target = copy.parent / "b"
+    borrow(copy, target, pins="required")
+    with trajstore.open(target, "a") as store:
+        store.add_column("double", lambda t: t["reward"] * 2, columns=["reward"])
+    trajstore.merge([target], copy.parent / "all")
+    shutil.rmtree(target)
+    report = looked_at(copy.parent / "all")
+    assert facts(report)[0] == ("error", "base-missing", "../b")
+    assert repaired(copy.parent / "all", report) is not None
+    assert looked_at(copy.parent / "all", deep=True).ok
+    with trajstore.open(copy.parent / "all") as store:
+        assert stores.numbers_in(store.trajectories) == list(NUMBERS)
+        assert all("double" not in trajectory.columns for trajectory in store.trajectories)
+
+
+def test_repair_leaves_alone_what_lies_in_a_store_that_is_not_trusted(copy):
+    away = copy.parent / "deep" / "b"
+    away.parent.mkdir()
+    borrow(copy, away, pins="required")
+    report = looked_at(away)
+    assert not report.ok
+    assert repaired(away, report) is None
 
 
 def test_vacuum_at_the_same_time_is_no_damage(copy, monkeypatch):

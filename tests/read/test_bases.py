@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from tests.edit.stores import append, assert_holds, filled, holds, segments_of
 from tests.support.faulty import Faults, faulty_bucket
 from trajstore.errors import CorruptionError, StoreNotFoundError, UntrustedBaseError
 from trajstore.format import layout
-from trajstore.format.snapshot import Base, StoreDocument
+from trajstore.format.snapshot import Base, Snapshot, StoreDocument
 from trajstore.read.bases import Bases, parent_of, reference
 from trajstore.storage.filesystem import Filesystem
 
@@ -58,7 +61,7 @@ def test_a_store_shows_what_lies_in_another(runs):
 
 def test_references_are_flat_and_name_the_store_that_has_the_bytes(runs, tmp_path):
     with trajstore.open(runs / "deep" / "chained") as store, pytest.raises(UntrustedBaseError):
-        store.trajectories  # noqa: B018 - outside its own parent
+        store.trajectories.read("action")  # outside its own parent
     trusted = {str(runs): None}
     holds(runs / "deep" / "chained", [10, 1, 4], bases=trusted)
     assert sorted(bases_of(runs / "deep" / "chained", bases=trusted)) == [str(runs / "origin"), str(runs / "part")]
@@ -66,9 +69,9 @@ def test_references_are_flat_and_name_the_store_that_has_the_bytes(runs, tmp_pat
     assert sorted(bases_of(runs / "beside")) == ["../origin", "../part"]
     shutil.move(runs / "part", tmp_path / "away")
     with trajstore.open(runs / "beside") as store, pytest.raises(StoreNotFoundError, match="part, which is not there"):
-        store.trajectories  # noqa: B018
+        store.trajectories.read("action")
     with trajstore.open(tmp_path / "away", bases=trusted) as store, pytest.raises(StoreNotFoundError):
-        store.trajectories  # noqa: B018 - what was beside it is not
+        store.trajectories.read("action")  # what was beside it is not
 
 
 def test_a_whole_folder_can_be_moved(runs, tmp_path):
@@ -136,15 +139,15 @@ def test_a_place_that_was_not_named_is_not_opened_and_the_message_says_what_to_a
     with trajstore.open(target) as store:
         assert store.num_trajectories == 6
         with pytest.raises(UntrustedBaseError, match=rf"bases=\{{'{runs}/origin': None\}}") as caught:
-            store.trajectories  # noqa: B018
+            store.trajectories.read("action")
         assert isinstance(caught.value, PermissionError)
     for prefix in (f"{runs}/origin", f"{runs}/origin/", str(runs), f"{runs}/", str(tmp_path)):
         holds(target, range(6), bases={prefix: None})
     for prefix in (f"{runs}/orig", f"{runs}/origin/x", f"{runs}/part", str(runs)[:-1], "", "/"):
         with trajstore.open(target, bases={prefix: None}) as store, pytest.raises(UntrustedBaseError):
-            store.trajectories  # noqa: B018
+            store.trajectories.read("action")
     with trajstore.open(target, "a") as store, pytest.raises(UntrustedBaseError):
-        store.trajectories  # noqa: B018 - to append needs no trust, to look does
+        store.trajectories.sample(2)  # to append needs no trust, to read does
 
 
 def test_another_process_trusts_what_this_one_was_told(runs, tmp_path):
@@ -305,16 +308,130 @@ def test_another_store_in_the_place_of_a_base_is_told_apart(runs):
     shutil.rmtree(runs / "origin")
     filled(runs / "origin", range(6), per_commit=2)
     with trajstore.open(runs / "part") as store, pytest.raises(CorruptionError, match="another one is there"):
-        store.trajectories  # noqa: B018
+        store.trajectories.read("action")
 
 
 def test_a_base_that_is_not_there_says_so(runs):
     shutil.rmtree(runs / "origin")
     with trajstore.open(runs / "part") as store:
         with pytest.raises(StoreNotFoundError, match=rf"{runs}/part refers to .* {runs}/origin, which is not there"):
-            store.trajectories  # noqa: B018
+            store.trajectories.read("action")
         assert store.num_trajectories == 3
     filled(runs / "part2", [1])  # others go on
+
+
+def gone(runs: Path) -> dict[str, Any]:
+    shutil.rmtree(runs / "origin")
+    return {"error": StoreNotFoundError, "match": "origin, which is not there"}
+
+
+def another(runs: Path) -> dict[str, Any]:
+    shutil.rmtree(runs / "origin")
+    filled(runs / "origin", [1])
+    return {"error": CorruptionError, "match": "another one is there"}
+
+
+def untrusted(runs: Path) -> dict[str, Any]:
+    shutil.move(runs / "origin", runs.parent / "far")
+    with trajstore.open(runs / "part", "a") as store:
+        moved = [replace(base, url=str(runs.parent / "far")) for base in store._head.snapshot.bases]
+        store._history.commit(Rebased(tuple(moved)), store._head)
+    return {"error": UntrustedBaseError, "match": "outside its own parent folder"}
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """Other stores, put down without being looked at."""
+
+    bases: tuple[Base, ...]
+    operation: str = "rebase"
+    merges: bool = False
+
+    def apply(self, parent: Snapshot, merged: Any, read: Any) -> Snapshot:
+        return replace(parent, bases=self.bases)
+
+
+@pytest.mark.parametrize("out_of_reach", [gone, another, untrusted])
+def test_only_what_lies_in_a_base_needs_it(runs, out_of_reach):
+    """Everything but its steps can be looked at and edited."""
+    expected = out_of_reach(runs)
+    raises = functools.partial(pytest.raises, expected["error"], match=expected["match"])
+    with trajstore.open(runs / "part", "a") as store:
+        view = store.trajectories
+        assert view.to_pandas()["number"].tolist() == [4, 1, 10]
+        own, lent = view.filter("number == 10"), view.filter("number < 10")
+        assert_holds(own, [10])
+        assert own.sample(5)["action"].shape == (5, 2)
+        with own.loader(4, window=2) as loader:
+            next(loader)
+        assert own.statistics(["action"])["action"].mean.tolist() == [10, 10]
+        for whole in (view, lent):
+            with raises():
+                whole.read("action")
+            with raises():
+                whole.sample(2)
+            with raises():
+                whole.loader(2)
+            with raises():
+                whole.statistics(["action"])
+            with raises():
+                whole.save(runs / "saved", share="copy")
+        usage = store.usage()
+        assert (usage.segments, usage.out_of_reach, usage.objects["action"].rows) == (3, 2, 4)
+        with raises():
+            (problem,) = usage.problems
+            raise problem
+        assert len(store.diff(1).removed) == 0
+        assert len(store.diff(1).added) == 1
+        append(store, 11)
+        store.flush()
+        store.delete(store.trajectories.filter("number == 4").ids)
+        assert store.versions()["operation"].iloc[0] == "delete"
+        assert [t.metadata["number"] for t in store.trajectories] == [1, 10, 11]
+        assert_holds(store.trajectories.filter("number >= 10"), [10, 11])
+        store.delete(store.trajectories.filter("number == 1").ids)
+    holds(runs / "part", [10, 11])
+
+
+def test_a_loader_says_at_once_that_one_of_many_segments_is_out_of_reach(runs):
+    """It looks at a few before it begins, and may come to that one much later."""
+    filled(runs / "many", range(12, 30))
+    with trajstore.open(runs / "many") as many, trajstore.open(runs / "part") as part:
+        trajstore.merge([many.trajectories, part.trajectories], runs / "all")
+    shutil.rmtree(runs / "part")
+    with trajstore.open(runs / "all") as store:
+        assert len(store.trajectories) == 21
+        with pytest.raises(StoreNotFoundError, match="part, which is not there"):
+            store.trajectories.loader(2, columns=["action"])
+
+
+def test_a_base_is_opened_once_and_when_it_is_first_read(runs, monkeypatch):
+    opened = []
+    check = Bases._checked
+
+    def counted(self: Bases, base: Base) -> Filesystem:
+        opened.append(base.url)
+        return check(self, base)
+
+    monkeypatch.setattr(Bases, "_checked", counted)
+    with trajstore.open(runs / "part") as store:
+        view = store.trajectories
+        view.filter("number > 1").to_pandas()
+        assert opened == []
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: view.read("action"), range(16)))
+        with view.loader(2, epochs=2, order="shuffle") as loader:
+            assert len(list(loader)) > 3
+        assert opened == ["../origin"]
+
+
+def test_a_base_that_comes_back_is_read(runs, tmp_path):
+    with trajstore.open(runs / "part") as store:
+        shutil.move(runs / "origin", tmp_path / "away")
+        with pytest.raises(StoreNotFoundError):
+            store.trajectories.read("action")
+        shutil.move(tmp_path / "away", runs / "origin")
+        assert_holds(store.trajectories, [4, 1, 10])
 
 
 def test_bytes_of_a_base_that_were_changed_name_the_store_that_holds_them(runs):

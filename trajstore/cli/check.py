@@ -17,7 +17,6 @@ from trajstore.cli.common import (
     offer,
     print_json,
 )
-from trajstore.cli.edit import editable
 from trajstore.cli.look import opened
 from trajstore.console import bold, out
 
@@ -87,7 +86,11 @@ def verify(
 
     Example: trajstore verify runs/demo --deep
     """
-    with editable(url, storage_option, base) if repair else opened(url, None, storage_option, base) as store:
+    store = opened(url, None, storage_option, base, past_damage=True)
+    if repair:
+        store.close()  # mode "a" would make one
+        store = opened(url, None, storage_option, base, mode="a", past_damage=True)
+    with store:
         found = store.verify(deep=deep)
         made = store.repair(found) if repair and not found.ok else None
         left = found if made is None else store.verify()

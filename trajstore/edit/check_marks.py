@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from trajstore.edit.check_versions import Versions
-from trajstore.edit.findings import Findings, Severity
+from trajstore.edit.findings import MISSING_STORE, Findings, Severity
 from trajstore.edit.listing import Listing, lots, read_each
 from trajstore.errors import (
     CorruptionError,
@@ -254,14 +254,13 @@ def check_bases(
     for base, last in versions.bases.items():
         # What only earlier versions lack was left behind, by moving it or by making copies.
         severity: Severity = "error" if last == versions.latest else "warning"
-        todo = "move it back or name its new place with relocate(), or restore it from a copy"
         try:
             filesystem = bases.open(base)
         except UntrustedBaseError as error:
             found.add(severity, "base", base.url, f"its segments were not looked at: {error}", version=last)
             continue
         except StoreNotFoundError as error:
-            found.add(severity, "base-missing", base.url, f"{error}, or {todo}", version=last)
+            found.add(severity, MISSING_STORE, base.url, f"{error}; repair leaves out what lies there", version=last)
             continue
         except CorruptionError as error:
             found.add(severity, "base-other", base.url, str(error), version=last)

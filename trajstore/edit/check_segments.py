@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trajstore.edit.check_arrow import ends_problem, metadata_bytes
 from trajstore.edit.check_versions import SegmentUse
 from trajstore.edit.findings import Findings
 from trajstore.edit.listing import Folder, list_segment, read_each
@@ -24,6 +25,7 @@ from trajstore.errors import CorruptionError, MissingObjectError, StorageError
 from trajstore.format import layout
 from trajstore.format.codecs import codec_named
 from trajstore.format.pages import PageSource, checksum, decode_page_index, decode_record_batch
+from trajstore.schema import Column
 from trajstore.storage.filesystem import Buffer, ByteRange, Filesystem
 from trajstore.storage.workers import Workers
 from trajstore.stored import Array
@@ -59,6 +61,27 @@ class _Sound:
     @property
     def key(self) -> str:
         return layout.segment_key(self.use.entry.uuid, self.source.object)
+
+    @property
+    def known_columns(self) -> tuple[Column, ...] | None:
+        """Its columns; None if the schema does not know them all."""
+        columns = tuple(column for path in self.source.columns if (column := self.use.schema.get(path)) is not None)
+        return columns if len(columns) == len(self.source.columns) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Looked:
+    """What was seen of some pages of an object.
+
+    Attributes:
+        wrong: By page; that of number -1 is the index of a shard, or the ends of an Arrow file.
+        metadata: Of each page of an Arrow file, bytes before its body.
+        ends: Of an Arrow file, with its last page: what is before its pages, and behind them.
+    """
+
+    wrong: dict[int, str]
+    metadata: Sequence[int] = ()
+    ends: tuple[bytes, bytes] | None = None
 
 
 def check_segments(
@@ -278,20 +301,28 @@ class _Check:
 
     def pages(self, workers: Workers, objects: Iterator[_Sound], advance: Callable[[int], None]) -> None:
         """Read every page of these objects, and what other readers find them by."""
-        waiting: deque[tuple[_Sound, range, Future[dict[int, str]]]] = deque()
+        waiting: deque[tuple[_Sound, range, Future[_Looked]]] = deque()
         damaged: dict[int, str] = {}
+        metadata: list[int] = []  # bytes of that of each page of an Arrow file
         tasks = ((sound, pages) for sound in objects for pages in _lots(sound.source))
 
         def take() -> None:
             sound, pages, future = waiting.popleft()
-            damaged.update(future.result())
+            looked = future.result()
+            damaged.update(looked.wrong)
+            metadata.extend(looked.metadata)
             nbytes = int(sound.source.nbytes[pages.start : pages.stop].sum())
             self._counts.pages_read += len(pages)
             self._counts.nbytes_read += nbytes
             advance(nbytes)
             if pages.stop == len(sound.source.offsets):
+                columns = sound.known_columns
+                if looked.ends is not None and columns is not None and not damaged:
+                    problem = ends_problem(columns, sound.source, metadata, *looked.ends)
+                    damaged.update({} if problem is None else {-1: problem})
                 self._tell(sound, damaged)
                 damaged.clear()
+                metadata.clear()
 
         for sound, pages in tasks:
             waiting.append((sound, pages, workers.submit(self._read, sound, pages)))
@@ -320,27 +351,30 @@ class _Check:
                     "look again" if kind == "unreadable" else "restore the object from a copy",
                 )
         if index is not None:
+            kind, reader = ("arrow-file", "pyarrow") if source.object.endswith(".arrow") else ("shard-index", "zarr")
             self._error(
                 use,
-                "shard-index",
+                kind,
                 source.object,
                 f"{index} ({column})",
-                "restore it from a copy; trajstore reads its pages without it, zarr does not",
+                f"restore it from a copy; trajstore reads its pages without it, {reader} does not",
             )
 
-    def _read(self, sound: _Sound, pages: range) -> dict[int, str]:
-        """What is wrong with pages of an object; that of number -1 is its index, looked at with the last page."""
+    def _read(self, sound: _Sound, pages: range) -> _Looked:
+        """Look at pages of an object, and with the last page at what is beside its pages."""
         source = sound.source
         offsets, nbytes = source.offsets.tolist(), source.nbytes.tolist()
         ranges = [ByteRange(sound.key, offsets[n], offsets[n] + nbytes[n]) for n in pages]
-        indexed = pages.stop == len(offsets) and not source.object.endswith(".arrow")
-        if indexed:
+        is_last, is_arrow = pages.stop == len(offsets), source.object.endswith(".arrow")
+        if is_last and is_arrow:
+            ranges.append(ByteRange(sound.key, 0, offsets[0]))
+        if is_last:
             ranges.append(ByteRange(sound.key, offsets[-1] + nbytes[-1], sound.nbytes))
         try:
             stored = self._filesystem.read_ranges(ranges)
         except (StorageError, CorruptionError) as error:
             lost = isinstance(error, MissingObjectError | CorruptionError)
-            return dict.fromkeys(pages, f"{error}" if lost else f"{_UNREADABLE}{error}")
+            return _Looked(dict.fromkeys(pages, f"{error}" if lost else f"{_UNREADABLE}{error}"))
         wrong = {}
         scratch: Array | None = None
         for page, data in zip(pages, stored, strict=False):
@@ -351,9 +385,12 @@ class _Check:
                 scratch = _decode(sound, page, data, scratch)
             except CorruptionError as error:
                 wrong[page] = f"its bytes match its checksum, but {error}"
-        if indexed and bytes(stored[-1]) != _shard_index(source):
+        if is_arrow:
+            sizes = [metadata_bytes(bytes(data[:8])) for data in stored[: len(pages)]]
+            return _Looked(wrong, sizes, (bytes(stored[-2]), bytes(stored[-1])) if is_last else None)
+        if is_last and bytes(stored[-1]) != _shard_index(source):
             wrong[-1] = "the index at its end is not that of its pages"
-        return wrong
+        return _Looked(wrong)
 
     def _error(self, use: SegmentUse, kind: str, name: str | None, what: str, todo: str) -> None:
         segment = use.entry.uuid
@@ -368,9 +405,8 @@ _UNREADABLE = "it cannot be read: "
 
 def _decode(sound: _Sound, page: int, data: Buffer, scratch: Array | None) -> Array | None:
     """Decode a page whose columns the schema knows, and throw it away; memory for the next one."""
-    source, schema = sound.source, sound.use.schema
-    columns = tuple(column for path in source.columns if (column := schema.get(path)) is not None)
-    if len(columns) < len(source.columns):
+    source, columns = sound.source, sound.known_columns
+    if columns is None:
         return scratch
     if source.object.endswith(".arrow"):
         batch = decode_record_batch(columns, data, codec=source.codec)

@@ -122,6 +122,7 @@ class _Check:
         ]
         for lot in lots(keys):
             self._lot(lot)
+        self._latest_is_not_empty()
         self._pass_on(list(self._named))
         for path, problems in self._problems.items():
             self.versions.complete = False
@@ -179,7 +180,7 @@ class _Check:
             self._found.add("error", "format-version", key, str(error), version=number)
             return None
         except (CorruptionError, VersionExpiredError) as error:
-            self._found.add("error", "snapshot", key, str(error), version=number)
+            self._damaged(number, str(error), version=number)
             return None
         try:
             validate(self._without_known_entries(data), "snapshot", key=key)
@@ -187,6 +188,23 @@ class _Check:
             self._found.add("error", "snapshot", key, f"{error}; restore it from a copy", version=number)
         self.versions.standing[number] = digest(data)
         return snapshot
+
+    def _damaged(self, number: int, what: str, *, version: int | None) -> None:
+        """Note that a version cannot be read; ``version`` as for the finding."""
+        if number == self.versions.latest and self.versions.standing:
+            what += f"; or repair: a new version then holds what version {max(self.versions.standing)} holds"
+        self._found.add("error", "snapshot", layout.snapshot_key(number), what, version=version)
+        self.versions.complete = False
+
+    def _latest_is_not_empty(self) -> None:
+        """Vacuum empties old versions, never the latest."""
+        latest = self.versions.latest
+        if latest in self.versions.emptied:
+            (later,) = read_each(self._filesystem, [layout.snapshot_key(latest + 1)])
+            if later is None:  # else it was the latest when the store was listed, and is no longer
+                self.versions.emptied.remove(latest)
+                what = "it is empty, and vacuum never empties the latest version; restore it from a copy"
+                self._damaged(latest, what, version=None)  # of a version that is empty, nothing else is missed
 
     def _without_known_entries(self, data: bytes) -> dict[str, Any]:
         """A document without manifests that the one before named in the same words: a schema takes its time."""

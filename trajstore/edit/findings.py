@@ -17,6 +17,8 @@ _ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 # Kinds of errors that a segment's trajectories do not survive. An object that could not be asked for is none of them, nor is
 # one that only other readers need.
 LOSSES = frozenset({"segment-missing", "object-missing", "object-size", "page-index", "page"})
+# Nor do they survive that the store is gone in which they lie: not one that is merely not trusted, or cannot be asked now.
+MISSING_STORE = "base-missing"
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,10 @@ def verify(
         What was found. Kinds of findings: ``store-document``, ``hint``; ``version-gap``, ``snapshot``, ``format-version``,
         ``parent``, ``created-at``, ``next-id``, ``totals``, ``deleted``, ``manifest-entry``, ``ids``; ``manifest-missing``,
         ``manifest``, ``manifest-rows``, ``segment-table``; ``segment-missing``, ``object-missing``, ``object-size``,
-        ``segment-size``, ``page-index``, ``zarr-metadata``, ``abandoned-rows``; with ``deep`` ``page`` and ``shard-index``;
-        ``base``, ``base-missing``, ``base-other``, ``base-pin``, ``base-unpinned``; ``tag``, ``pin``, ``pin-borrower``,
-        ``pin-unused``, ``statistics``, ``vacuum``; ``orphans``, ``orphans-young``, ``orphans-old``; ``unreadable``.
+        ``segment-size``, ``page-index``, ``zarr-metadata``, ``abandoned-rows``; with ``deep`` ``page``, ``shard-index`` and
+        ``arrow-file``; ``base``, ``base-missing``, ``base-other``, ``base-pin``, ``base-unpinned``; ``tag``, ``pin``,
+        ``pin-borrower``, ``pin-unused``, ``statistics``, ``vacuum``; ``orphans``, ``orphans-young``, ``orphans-old``;
+        ``unreadable``.
 
     Raises:
         StorageError: The store's objects cannot even be listed.

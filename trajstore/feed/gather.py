@@ -65,6 +65,7 @@ class Gatherer:
         table = selection.table
         self.segments = cache.number_segments(table.segments)  # (segments,) int64, the cache's numbers
         self._check_places(selection.rows)
+        self._check_reach()
         self._numbers: Array | None = None  # of trajectories, where these are not their positions
         if self._texts:
             cache.variable_pages()  # they take their part before the rest is divided
@@ -424,6 +425,12 @@ class Gatherer:
         starts = table.start[rows]
         if (starts < 0).any() or (starts + table.length[rows] > steps[numbers]).any():
             raise CorruptionError("a manifest places trajectories outside their segment; restore it from a copy")
+
+    def _check_reach(self) -> None:
+        """Whoever would miss a store that some segment lies in hears of it now, and not in the middle of an epoch."""
+        entries = (self.selection.table.segments[n] for n in self.selection.segments.tolist())
+        for problem in self._readers.out_of_reach(entries).values():
+            raise problem
 
     def _reserve(self) -> Reservation:
         pages: dict[str, int] = {}

@@ -255,6 +255,14 @@ def parquet_footer(data: bytes) -> bytes:
     return data[-size:]
 
 
+def most_rows(data: bytes) -> int:
+    """How many rows a manifest has of which nothing is known; if it is damaged, how many it can have had."""
+    try:
+        return int(pq.read_metadata(pa.BufferReader(data)).num_rows)
+    except (pa.ArrowException, OSError):
+        return len(data)
+
+
 def decode_manifest(entry: ManifestEntry, data: bytes, columns: Iterable[str] | None = None) -> Manifest:
     """Read a whole manifest file.
 

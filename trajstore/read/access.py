@@ -6,6 +6,7 @@ back, and takes seconds at most, even if the storage hangs.
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 
 from trajstore.errors import ClosedError, ForkedError, StoreNotFoundError, UntrustedBaseError
 from trajstore.format.snapshot import Base
-from trajstore.read.bases import Bases
+from trajstore.read.bases import Bases, LazyBase
 from trajstore.read.buffer_pool import BufferPool
 from trajstore.read.cache import PageCache
 from trajstore.read.disk_cache import DiskCache
@@ -66,6 +67,7 @@ class StoreAccess:
         self.bases = bases
         self.readers = SegmentReaders(filesystem, workers)
         self.statistics = KeptStatistics(filesystem, writes=keep_statistics)
+        self._bases_named: dict[tuple[str, str], LazyBase] = {}
         self._reopen = reopen
         self.cache_bytes = cache_bytes
         self.disk_cache = disk_cache
@@ -89,19 +91,26 @@ class StoreAccess:
             raise ClosedError(f"the store {self._url} is closed; open it again")
 
     def table(self, history: History, version: Version, *, whole: bool = False) -> TrajectoryTable:
-        """The trajectories of a version, whose segments can be read from then on; ``whole`` as for the table.
+        """The trajectories of a version; ``whole`` as for the table.
 
-        Raises:
-            UntrustedBaseError: Some lie in another store, which may not be opened.
+        Other stores in which some lie are opened when those are first read, with the errors of ``Bases.open``.
         """
         table = TrajectoryTable(history, version, whole=whole)
         for entry in table.segments:
             for part in entry.parts if entry.layers else (entry,):
                 if part.base is not None:
-                    self.readers.place(part, self._open_base(version.snapshot.bases[part.base], history, version))
+                    self.readers.place(part, self._base(version.snapshot.bases[part.base], history, version))
                 elif self.readers.any_elsewhere:
                     self.readers.place(part, None)  # an earlier version may have referred to it
         return table
+
+    def _base(self, base: Base, history: History, version: Version) -> LazyBase:
+        """A base of a version, the same one for all versions that have it in the same place."""
+        key = base.url, base.store_uuid
+        if key not in self._bases_named:
+            opened = functools.partial(self._open_base, base, history, version)
+            self._bases_named[key] = LazyBase(opened)
+        return self._bases_named[key]
 
     def _open_base(self, base: Base, history: History, version: Version) -> Filesystem:
         """A base of a version: where that version says, or where the latest one says, since stores are moved."""

@@ -1,7 +1,8 @@
 """Other stores whose segments a store refers to.
 
 Invariant: a base is opened only where the store's own parent folder or a prefix that the caller named says so, and only if
-the store there is the one that was meant; anything else is an error that names the line to add.
+the store there is the one that was meant; anything else is an error that names the line to add. It is opened once, when
+something that lies there is first read: what lies elsewhere can be read whether or not it is there.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trajstore.errors import CorruptionError, StoreNotFoundError, UntrustedBaseError
+from trajstore.errors import CorruptionError, StoreNotFoundError, TrajstoreError, UntrustedBaseError
 from trajstore.format import layout
 from trajstore.format.snapshot import Base, StoreDocument
 from trajstore.storage.attach import find_existing
@@ -24,7 +26,7 @@ Connect = Callable[[str, Mapping[str, Any] | None], Filesystem]
 
 
 class Bases:
-    """The bases of one store, opened when first needed.
+    """The bases of one store, opened when first needed. Used by several threads.
 
     Args:
         url: Of the store.
@@ -46,6 +48,7 @@ class Bases:
         self._options = options
         self._trusted = absolute_prefixes(trusted)
         self._opened: dict[tuple[str, str], Filesystem] = {}
+        self._lock = threading.Lock()  # held while a base is opened, so that each is opened once
 
     def open(self, base: Base) -> Filesystem:
         """Where a base is.
@@ -57,12 +60,14 @@ class Bases:
         """
         key = base.url, base.store_uuid
         if key not in self._opened:
-            self._opened[key] = self._checked(base)
+            with self._lock:
+                if key not in self._opened:
+                    self._opened[key] = self._checked(base)
         return self._opened[key]
 
     def close(self) -> None:
         """Let go of their threads and files. May be called twice."""
-        for filesystem in self._opened.values():
+        for filesystem in list(self._opened.values()):  # without the lock: one that is being opened may hang
             filesystem.close()
 
     def _checked(self, base: Base) -> Filesystem:
@@ -108,6 +113,38 @@ class Bases:
             f"place, open it "
             f"with bases={{{url!r}: None}} (or its storage options instead of None)"
         )
+
+
+class LazyBase:
+    """A base as versions name it, which is opened when something that lies there is first read.
+
+    Args:
+        open: Opens it, or raises what is wrong.
+    """
+
+    def __init__(self, open: Callable[[], Filesystem]) -> None:
+        self._open = open
+        self._filesystem: Filesystem | None = None
+
+    def filesystem(self) -> Filesystem:
+        """Where it is.
+
+        Raises:
+            UntrustedBaseError: It may not be opened.
+            StoreNotFoundError: No store is there.
+            CorruptionError: Another store is there.
+        """
+        if self._filesystem is None:
+            self._filesystem = self._open()
+        return self._filesystem
+
+    def problem(self) -> TrajstoreError | None:
+        """Why it cannot be opened; None if it can."""
+        try:
+            self.filesystem()
+        except TrajstoreError as error:
+            return error
+        return None
 
 
 def absolute_prefixes(prefixes: Mapping[str, Mapping[str, Any] | None] | None) -> dict[str, Mapping[str, Any] | None]:

@@ -10,18 +10,19 @@ import copy
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from trajstore.errors import CorruptionError, MissingObjectError, UnknownColumnError
+from trajstore.errors import CorruptionError, MissingObjectError, TrajstoreError, UnknownColumnError
 from trajstore.format import layout
 from trajstore.format.codecs import codec_named
 from trajstore.format.manifest import SegmentEntry
 from trajstore.format.pages import PageSource, arrow_type, checksum, decode_page_index, decode_record_batch
+from trajstore.read.bases import LazyBase
 from trajstore.schema import Column, Schema
 from trajstore.storage.filesystem import Buffer, ByteRange, Filesystem
 from trajstore.storage.workers import Workers
@@ -343,23 +344,41 @@ class SegmentReaders:
         self._readers: dict[str, SegmentReader] = {}  # of segments and of layers, alone
         self._layered: dict[tuple[str, ...], SegmentReader] = {}  # of segments with layers, by key
         self._live: dict[str, Any] = {}
-        self._elsewhere: dict[str, Filesystem] = {}  # of segments that lie in other stores
+        self._elsewhere: dict[str, LazyBase] = {}  # of segments that lie in other stores
 
     @property
     def any_elsewhere(self) -> bool:
         """Whether some segment lies in another store."""
         return bool(self._elsewhere)
 
-    def place(self, entry: SegmentEntry, filesystem: Filesystem | None) -> None:
+    def place(self, entry: SegmentEntry, base: LazyBase | None) -> None:
         """Say in which other store a segment or layer lies, without regard to its layers; None for this one."""
         with self._lock:
-            if self._elsewhere.get(entry.uuid) is filesystem:
+            if self._elsewhere.get(entry.uuid) is base:
                 return
             self._readers.pop(entry.uuid, None)
             self._layered.clear()
             self._elsewhere.pop(entry.uuid, None)
-            if filesystem is not None:
-                self._elsewhere[entry.uuid] = filesystem
+            if base is not None:
+                self._elsewhere[entry.uuid] = base
+
+    def out_of_reach(self, entries: Iterable[SegmentEntry]) -> dict[tuple[str, ...], TrajstoreError]:
+        """Segments of which some part lies in a store that cannot be opened, by key, and why; each store is tried once."""
+        if not self._elsewhere:
+            return {}
+        problems: dict[LazyBase, TrajstoreError | None] = {}
+        found: dict[tuple[str, ...], TrajstoreError] = {}
+        for entry in entries:
+            for part in entry.parts:
+                base = self._elsewhere.get(part.uuid)
+                if base is None:
+                    continue
+                if base not in problems:
+                    problems[base] = base.problem()
+                problem = problems[base]
+                if problem is not None:
+                    found.setdefault(entry.key, problem)
+        return found
 
     def open(self, entry: SegmentEntry, schema: Schema) -> SegmentReader:
         """The reader of a segment and its layers; their page indexes are read once."""
@@ -411,7 +430,8 @@ class SegmentReaders:
             return [(self._filesystem, list(entries))]
         places: dict[int, tuple[Filesystem, list[SegmentEntry]]] = {}
         for entry in entries:
-            filesystem = self._elsewhere.get(entry.uuid, self._filesystem)
+            base = self._elsewhere.get(entry.uuid)
+            filesystem = self._filesystem if base is None else base.filesystem()
             places.setdefault(id(filesystem), (filesystem, []))[1].append(entry)
         return list(places.values())
 

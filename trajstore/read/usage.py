@@ -1,12 +1,14 @@
 """Where the bytes of a store are.
 
-Invariant: an object counts once, however many manifests name it, and with whatever layers.
+Invariant: an object counts once, however many manifests name it, and with whatever layers. What lies in a store that cannot
+be opened is counted as far as the manifests tell, and named.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trajstore.errors import TrajstoreError
 from trajstore.read.arena import group_name
 from trajstore.read.segment import SegmentReaders
 from trajstore.read.table import TrajectoryTable
@@ -37,13 +39,16 @@ class StoreUsage:
     manifest_bytes: int
     segment_bytes: int  # stored, with all metadata
     objects: dict[str, ObjectUsage] = field(default_factory=dict)
+    out_of_reach: int = 0  # segments of which ``objects`` knows nothing: they lie in stores that cannot be opened
+    problems: tuple[TrajstoreError, ...] = ()  # why not, one per store
 
 
 def measure_usage(table: TrajectoryTable, readers: SegmentReaders) -> StoreUsage:
-    """Add up the page indexes of all segments: one small read per segment."""
+    """Add up the page indexes of all segments that are within reach: one small read per segment."""
     snapshot = table.version.snapshot
     nbytes = {part.uuid: part.nbytes for segment in table.segments for part in segment.parts}
     segments = {segment.key: segment for segment in table.segments}
+    out_of_reach = readers.out_of_reach(segments.values())
     usage = StoreUsage(
         version=table.version.number,
         trajectories=len(table),
@@ -52,9 +57,13 @@ def measure_usage(table: TrajectoryTable, readers: SegmentReaders) -> StoreUsage
         manifests=len(snapshot.manifests),
         manifest_bytes=sum(entry.nbytes for entry in snapshot.manifests),
         segment_bytes=sum(nbytes.values()),
+        out_of_reach=len({segments[key].uuid for key in out_of_reach}),
+        problems=tuple({id(problem): problem for problem in out_of_reach.values()}.values()),
     )
     counted: set[tuple[str, str]] = set()  # uuid of a segment or layer, group of columns
-    for segment in segments.values():
+    for key, segment in segments.items():
+        if key in out_of_reach:
+            continue
         reader = readers.open(segment, snapshot.schema)
         for source in {id(s): s for s in reader.sources.values()}.values():
             name = group_name(snapshot.schema[source.columns[0]])

@@ -9,6 +9,7 @@ grace of vacuum. A vacuum that removes anything commits a version first: whoever
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import logging
 import random
 import threading
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from trajstore.errors import (
     CommitError,
+    CorruptionError,
     IndexRangeError,
     MissingObjectError,
     StorageError,
@@ -33,6 +35,7 @@ from trajstore.format.manifest import (
     encode_manifest,
     manifest_entry,
     merge_manifests,
+    most_rows,
 )
 from trajstore.format.marks import Farewell
 from trajstore.format.snapshot import (
@@ -60,10 +63,18 @@ EMPTIED_NOTE = "0" * 32  # what vacuum calls its note that a version's slot is e
 
 @dataclass(frozen=True)
 class Version:
-    """A snapshot as it was read or written, with the hash of its bytes."""
+    """A snapshot as it was read or written, with the hash of its bytes.
+
+    Attributes:
+        snapshot: What the version holds.
+        sha256: Of its bytes.
+        shows: The earlier version whose content this shows, because its own bytes are damaged; 0 where no version can be
+            read; None for a version that is as it was written.
+    """
 
     snapshot: Snapshot
     sha256: str
+    shows: int | None = None
 
     @property
     def number(self) -> int:
@@ -84,6 +95,7 @@ class History:
         rng: Randomness for pauses after lost races.
         commit_timeout_s: How long a commit may lose races before it gives up.
         race_pause_base_s: First pause after a lost race, at most.
+        past_damage: Where the latest version is damaged, let what the last readable one holds stand for it.
     """
 
     def __init__(
@@ -95,6 +107,7 @@ class History:
         rng: random.Random | None = None,
         commit_timeout_s: float = 300.0,
         race_pause_base_s: float = 0.002,
+        past_damage: bool = False,
     ) -> None:
         self._filesystem = filesystem
         self._now = now
@@ -102,6 +115,7 @@ class History:
         self._rng = rng or random.Random()  # noqa: S311 - spreads writers in time, keeps no secret
         self._commit_timeout_s = commit_timeout_s
         self._race_pause_base_s = race_pause_base_s
+        self._past_damage = past_damage
         self._lock = threading.Lock()
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
         self._hinted_at = float("-inf")
@@ -122,6 +136,9 @@ class History:
 
         Args:
             start: A version that may exist: the hint, or the last one seen.
+
+        Raises:
+            CorruptionError: It is damaged; says which version can be read, and how to go on from it.
         """
         known = self._read_versions([start, start + 1]) if start else {0: b"", **self._read_versions([1])}
         if start not in known:  # a hint that lies
@@ -136,7 +153,7 @@ class History:
             middle = (lo + hi) // 2
             known.update(self._read_versions([middle]))
             lo, hi = (middle, hi) if middle in known else (lo, middle)
-        return self._parse(lo, known[lo])
+        return self._newest(lo, known[lo])
 
     def load(self, version: int) -> Version:
         """One version.
@@ -180,8 +197,16 @@ class History:
             )
         return [self._parse(version, found[version]) for version in versions if found[version]]
 
-    def standing(self, latest: Version) -> Iterator[Version]:
-        """Every version that can be opened, the latest first; those that vacuum emptied are passed over."""
+    def standing(self, latest: Version, *, past_damage: bool = False) -> Iterator[Version]:
+        """Every version that can be opened, the latest first; those that vacuum emptied are passed over.
+
+        Args:
+            latest: The latest.
+            past_damage: Pass over those that are damaged, too: not for who wants to know all that is needed.
+
+        Raises:
+            CorruptionError: One is damaged.
+        """
         if latest.number:
             yield latest
         emptied = self.noted_emptied() if latest.number > _READ_TOGETHER else 0
@@ -190,8 +215,15 @@ class History:
             numbers = range(last, max(last - _READ_TOGETHER, emptied), -1)
             data = self._filesystem.read_many([layout.snapshot_key(number) for number in numbers])
             for number, found in zip(numbers, data, strict=True):
-                if found:
-                    yield self._parse(number, found)
+                if not found:
+                    continue
+                try:
+                    version = self._parse(number, found)
+                except CorruptionError:
+                    if past_damage:
+                        continue
+                    raise
+                yield version
             last = numbers[-1] - 1
 
     def noted_emptied(self) -> int:
@@ -330,9 +362,52 @@ class History:
         found = self._filesystem.read_many([layout.snapshot_key(v) for v in versions])
         return {v: data for v, data in zip(versions, found, strict=True) if data is not None}
 
-    def _parse(self, version: int, data: bytes) -> Version:
+    def _newest(self, number: int, data: bytes) -> Version:
+        """The latest version, whose bytes these are."""
+        try:
+            return self._parse(number, data, emptied=False)
+        except CorruptionError as error:
+            readable = next(self._readable_before(number), None)
+            if self._past_damage:
+                return self._stand_in(number, data, readable or EMPTY_VERSION)
+            advice = "no version before it can be read either"
+            if readable is not None:
+                advice = (
+                    f"version {readable.number} is the last that can be read: open it with version={readable.number}, or "
+                    f"make a new version of what it holds: trajstore verify "
+                    f"{self._filesystem.url} --repair, in Python open(..., 'a', past_damage=True) and "
+                    f"restore({readable.number}); the damaged one is not overwritten"
+                )
+            error.args = (f"{error}; {advice}",)
+            raise
+
+    def _readable_before(self, number: int) -> Iterator[Version]:
+        damaged = replace(EMPTY_VERSION, snapshot=replace(EMPTY, version=number))
+        return itertools.islice(self.standing(damaged, past_damage=True), 1, None)
+
+    def _stand_in(self, number: int, data: bytes, readable: Version) -> Version:
+        """What a readable version holds, in the place of a damaged one, whose bytes the next commit names as its parent's.
+
+        Ids that the damaged version may have given are not given again: those of all rows that it can have added.
+        """
+        named = {entry.path for entry in readable.snapshot.manifests}
+        others = [o.key for o in self._filesystem.list_objects(layout.MANIFESTS) if o.key not in named]
+        given = 0
+        for first in range(0, len(others), _READ_TOGETHER):
+            for found in self._filesystem.read_many(others[first : first + _READ_TOGETHER]):
+                given += 0 if found is None else most_rows(found)
+        snapshot = replace(readable.snapshot, version=number, next_id=readable.snapshot.next_id + given)
+        return Version(snapshot, digest(data), shows=readable.number)
+
+    def _parse(self, version: int, data: bytes, *, emptied: bool = True) -> Version:
+        """A version; ``emptied`` says whether vacuum may have been there, which leaves the latest as it is."""
         if version == 0:
             return EMPTY_VERSION
+        if not data and not emptied:
+            raise CorruptionError(
+                f"{self._filesystem.description}: {layout.snapshot_key(version)} is empty, and vacuum never empties the "
+                "latest version; restore it from a copy"
+            )
         try:
             return Version(Snapshot.from_bytes(data, version=version), digest(data))
         except TrajstoreError as error:

@@ -377,7 +377,9 @@ class TrajectoryReplayBuffer:
             if "://" not in url:
                 url = os.path.abspath(os.path.expanduser(url))
             with open_checkpoint(url, options, self._holding.trusted) as checkpoint:
-                checkpoint.usage()  # reads every page index: what is damaged or missing is found before anything changes
+                # Reads every page index: what is damaged or missing is found before anything changes.
+                for problem in checkpoint.usage().problems:
+                    raise problem
                 view = checkpoint.trajectories
                 found = rollouts_of(view, url, options)
                 warn_of_none(load_path, len(found.entries), rank, ranks, stacklevel=2)
