@@ -17,6 +17,7 @@ from trajstore.cli.common import (
     StorageOption,
     Url,
     Where,
+    check_lasting,
     offer,
     open_store,
     parse_bases,
@@ -46,6 +47,7 @@ AllowUnpinned = Annotated[
 
 def editable(url: str, storage_option: list[str] | None, base: list[str] | None = None) -> trajstore.Store:
     """The store that a command changes; it must be there."""
+    check_lasting(url)
     open_store(url, storage_option, base).close()  # mode "a" would make one
     return open_store(url, storage_option, base, mode="a")
 
@@ -75,6 +77,7 @@ def merge(
 
     Example: trajstore merge runs/rank_0 runs/rank_1 -o runs/all --order interleave
     """
+    check_lasting(target)
     count = trajstore.merge(
         sources,
         target,
@@ -111,7 +114,7 @@ def split(
         Optional[str],  # noqa: UP045
         typer.Option(help="Those for which this holds, into one store, e.g. \"length > 100 and task == 'pick'\"."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of fractions, which are drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of fractions, which are drawn at random.", min=0)] = 0,
     share: Share = "reference",
     allow_unpinned: AllowUnpinned = False,
     as_json: AsJson = False,
@@ -128,9 +131,11 @@ def split(
     Example: trajstore split runs/all -o runs/picks --where "task == 'pick'"
     """
     one_place = first is not None or where is not None
+    places = targets[0] if one_place and len(targets) == 1 else parse_places(targets)
+    check_lasting(*([places] if isinstance(places, str) else map(str, places)))
     counts = trajstore.split(
         url,
-        targets[0] if one_place and len(targets) == 1 else parse_places(targets),
+        places,
         first=first,
         where=where,
         seed=seed,
