@@ -8,8 +8,8 @@ vision can tell apart.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,15 @@ if TYPE_CHECKING:
     from trajstore.view import View
 
 Kind = Literal["overview", "returns", "lengths", "trajectory", "frames"]
+_TAKEN: dict[str, tuple[str, ...]] = {  # which arguments mean something to which kind
+    "overview": ("by", "x", "frames"),
+    "returns": ("by", "x"),
+    "lengths": (),
+    "trajectory": ("trajectory", "columns"),
+    "frames": ("trajectory", "columns", "rows", "frames"),
+}
+_BY_DEFAULT = {"by": None, "x": "id", "trajectory": None, "columns": None, "rows": 3, "frames": 8}
+_SUFFIXES = ("png", "pdf", "svg")
 _NO_WINDOWS = frozenset({"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"})
 _WIDTH = 10.0  # inches
 _DPI = 120
@@ -75,13 +84,17 @@ def plot(
     show: bool = False,
 ) -> Figure:
     """A picture of a view; ``View.plot`` says what the arguments mean."""
-    if kind not in get_args(Kind):
-        raise SelectionError(f"kind={kind!r}, expected {', '.join(map(repr, get_args(Kind)))}")
+    given = {"by": by, "x": x, "trajectory": trajectory, "columns": columns, "rows": rows, "frames": frames}
+    check_taken(kind, [name for name, value in given.items() if not _is_default(name, value)])
     if not len(view):
         raise SelectionError("a picture of an empty view; choose a view with trajectories in it (see view.filter)")
     _check_target(path, show)
     names = [columns] if isinstance(columns, str) else columns
     wanted = [trajectory] if isinstance(trajectory, int | np.integer) else trajectory
+    if kind == "trajectory" and wanted is not None and len(wanted) > 1:
+        raise SelectionError(
+            f"kind='trajectory' draws one trajectory, and trajectory={list(wanted)} are {len(wanted)}; draw them one by one"
+        )
     figure = _new_figure(show)
     if kind == "overview":
         _overview(figure, view, by, x, frames, title)
@@ -103,6 +116,29 @@ def plot(
     if show:
         _show(figure)
     return figure
+
+
+def check_taken(kind: str, names: Iterable[str]) -> None:
+    """Refuse what would be ignored.
+
+    Args:
+        kind: Of a picture.
+        names: Arguments of ``plot`` that the caller gave.
+
+    Raises:
+        SelectionError: There is no such kind, or an argument means nothing to it.
+    """
+    if kind not in _TAKEN:
+        raise SelectionError(f"kind={kind!r}, expected {', '.join(map(repr, _TAKEN))}")
+    for name in names:
+        if name not in _TAKEN[kind]:
+            kinds = " and ".join(one for one, taken in _TAKEN.items() if name in taken)
+            raise SelectionError(f"{name}= means nothing to kind={kind!r}, only to {kinds}; leave it out")
+
+
+def _is_default(name: str, value: Any) -> bool:
+    default = _BY_DEFAULT[name]
+    return value is None or (isinstance(value, str | int) and value == default)  # an array is neither
 
 
 def _overview(figure: Figure, view: View, by: str | None, x: str, frames: int, title: str | None) -> None:
@@ -341,9 +377,9 @@ def _check_target(path: str | os.PathLike[str] | None, show: bool) -> None:
     """Before anything is read and drawn."""
     if path is not None:
         suffix = os.path.splitext(os.fspath(path))[1].removeprefix(".").lower()
-        known = Figure().canvas.get_supported_filetypes()
-        if suffix not in known:
-            raise SelectionError(f"path={os.fspath(path)!r} ends in none of {', '.join(f'.{name}' for name in known)}")
+        if suffix not in _SUFFIXES:
+            known = ", ".join(f".{name}" for name in _SUFFIXES)
+            raise SelectionError(f"path={os.fspath(path)!r} ends in none of {known}; name the picture so")
     if show:
         backend = str(matplotlib.get_backend())
         if backend.lower() in _NO_WINDOWS:

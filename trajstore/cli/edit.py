@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Optional
 
@@ -130,8 +131,8 @@ def split(
 
     Example: trajstore split runs/all -o runs/picks --where "task == 'pick'"
     """
-    one_place = first is not None or where is not None
-    places = targets[0] if one_place and len(targets) == 1 else parse_places(targets)
+    one_place = (first is not None or where is not None) and len(targets) == 1
+    places = _one_place(targets[0]) if one_place else parse_places(targets)
     check_lasting(*([places] if isinstance(places, str) else map(str, places)))
     counts = trajstore.split(
         url,
@@ -226,6 +227,10 @@ def tag(
             else:
                 report.print_frame(out, store.tags(), empty="no tags; trajstore tag URL NAME makes one")
         return
+    if remove and (move or version is not None):
+        raise typer.BadParameter(
+            "--remove takes the name away from whichever version has it; leave out --version and --move"
+        )
     with editable(url, storage_option) as store:
         if remove:
             store.untag(name)
@@ -364,6 +369,21 @@ def parse_places(texts: list[str]) -> str | dict[str | os.PathLike[str], int | f
             raise typer.BadParameter(f"{place!r} is named twice; give each part a store of its own")
         places[place] = part if number is None else number
     return places
+
+
+def _one_place(text: str) -> str:
+    """A ``STORE``, where another option says which part it gets.
+
+    >>> _one_place("runs/lr=0.3/picks"), _one_place("lr=0.3/")
+    ('runs/lr=0.3/picks', 'lr=0.3/')
+    """
+    name = text.rpartition("/")[2]
+    if "=" in name or (name and re.search(r"=.*[=<>]", text)):
+        raise typer.BadParameter(
+            f"{text!r} says which part it gets, and so does --first or --where; leave out one of the two, or name the "
+            f"folder as '{text}/' if the store is called so"
+        )
+    return text
 
 
 def _number(text: str) -> int | float | None:
