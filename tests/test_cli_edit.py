@@ -197,6 +197,19 @@ def test_compact(tmp_path):
     assert done("compact", url, "--json").document["segments_before"] == 0
 
 
+def test_compact_says_what_lies_in_other_stores(tmp_path):
+    source = fill(tmp_path / "s", lengths=range(1, 13))
+    done("merge", source, "-o", tmp_path / "all")
+    told = done("compact", tmp_path / "all").said
+    assert "nothing to compact in" in told
+    assert (
+        "12 segments lie in other stores; compact those and merge them again, or merge them with --share copy" in told
+    )
+    done("merge", source, "-o", tmp_path / "own", "--share", "copy")
+    assert "12 segments are in 1 segment now" in done("compact", tmp_path / "own").said
+    assert "other stores" not in done("compact", tmp_path / "own").said
+
+
 NOW = ("--grace", "0d", "--keep-for", "0d", "--keep-versions", "1", "--exclusive")
 
 

@@ -277,7 +277,7 @@ def compact(
     nbytes = parse_bytes(segment_bytes)
     with editable(url, storage_option, base) as store:
         done = store.compact(segment_bytes=nbytes)
-        told = f"nothing to compact in {bold(url)}"
+        told = f"nothing to compact in {bold(url)}{_told_borrowed(store)}"
         if done.segments_before:
             told = (
                 f"{quantity(done.trajectories, 'trajectory')} of {quantity(done.segments_before, 'segment')} are in "
@@ -404,6 +404,18 @@ def _say(document: Mapping[str, Any], text: str, as_json: bool) -> None:
 def _tell(counts: Mapping[str, int]) -> None:
     for place, count in counts.items():
         out.print(f"{quantity(count, 'trajectory')} in {bold(place)}", highlight=False)
+
+
+def _told_borrowed(store: trajstore.Store) -> str:
+    """What compact leaves alone, since other stores have it."""
+    segments = {entry.key for entry in store.trajectories.source().selection.table.segments if not entry.is_own}
+    if not segments:
+        return ""
+    lie = "lies" if len(segments) == 1 else "lie"
+    return (
+        f": {quantity(len(segments), 'segment')} {lie} in other stores; compact those and merge them again, or merge them "
+        "with --share copy and compact the result"
+    )
 
 
 def _tell_deleted(store: trajstore.Store, url: str, gone: int, as_json: bool) -> None:
