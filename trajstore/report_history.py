@@ -26,6 +26,7 @@ from trajstore.tables import print_table
 
 _SHOWN_FINDINGS = 50
 _SHOWN_IDS = 10
+_MOST_WHOLE = 1e15  # larger ones are printed with an exponent
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 _BYTES = frozenset({"written"})
 
@@ -46,6 +47,8 @@ def print_statistics(console: Console, found: Statistics) -> None:
     frame = found.to_pandas()
     if not frame["nan_count"].any():
         frame = frame.drop(columns="nan_count")
+    for name in ("min", "max"):  # which are exact, other than what was computed from them
+        frame[name] = pd.Series([_whole(value) for value in frame[name]], index=frame.index, dtype=object)
     quantiles = [name for name in map(str, frame.columns) if name.startswith("q")]
     least = ("count", *quantiles[:1], *quantiles[-1:], *quantiles[1:-1])
     print_frame(console, frame, empty="no columns of numbers", least=least)
@@ -161,6 +164,11 @@ def print_verified(console: Console, found: Report) -> None:
             f"{quantity(len(found.findings) - len(shown), 'more finding')}; --json shows all", highlight=False
         )
     console.print(escape(found.lines()[-1]), highlight=False)
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as an integer, which is printed with all of its digits."""
+    return int(value) if abs(value) < _MOST_WHOLE and int(value) == value else value
 
 
 def _cell(name: str, value: Any) -> str:
