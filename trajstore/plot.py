@@ -32,6 +32,7 @@ from trajstore.interop.panels import (
     draw_steps,
     group_rows,
     styled,
+    whole_numbers,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ _WIDTH = 10.0  # inches
 _DPI = 120
 _MOST_PANELS = 8
 _LARGEST_VECTOR = 256
-_NO_RETURNS = "No returns: they are sums of a scalar column named 'reward', which these trajectories lack."
+_BRIEF_NOTE = "numbers are steps"
+_FRAME_FONT = 8  # points
+_CHARACTER = 0.62 * _FRAME_FONT / 72  # inches, about
 
 
 class Picture(Figure):
@@ -101,7 +104,7 @@ def plot(
     elif kind == "returns":
         figure.set_size_inches(_WIDTH, 5)
         table = _table(view)
-        draw_returns(figure.subplots(), table, _places(table, x), group_rows(table, by), x, missing=_NO_RETURNS)
+        draw_returns(figure.subplots(), table, _places(table, x), group_rows(table, by), x, missing=_no_returns(view))
         _say(figure, title or f"Returns of {_counted(view)}")
     elif kind == "lengths":
         figure.set_size_inches(_WIDTH, 5)
@@ -148,7 +151,7 @@ def _overview(figure: Figure, view: View, by: str | None, x: str, frames: int, t
     heights = [3.2, 2.6] + ([_strip_height(images, frames) + 0.3] if images else [])
     figure.set_size_inches(_WIDTH, sum(heights) + 0.6)
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
-    draw_returns(parts[0].subplots(), table, _places(table, x), groups, x, missing=_NO_RETURNS)
+    draw_returns(parts[0].subplots(), table, _places(table, x), groups, x, missing=_no_returns(view))
     left, right = parts[1].subplots(1, 2)
     _lengths(left, table)
     returns = table["reward_sum"].to_numpy(np.float64)
@@ -170,7 +173,7 @@ def _lengths(axes: Any, table: pd.DataFrame) -> None:
     ends = [
         Group("terminated", GREY, terminated),
         Group("truncated", PURPLE, truncated & ~terminated),
-        Group("neither", PALE, ~terminated & ~truncated),
+        Group("neither terminated\nnor truncated", PALE, ~terminated & ~truncated),
     ]
     used = tuple(group for group in ends if group.rows.any())
     draw_histogram(axes, table["length"].to_numpy(np.float64), used, label="length (steps)", whole=True)
@@ -197,6 +200,7 @@ def _trajectory(figure: Figure, chosen: list[Trajectory], names: Sequence[str] |
         ha="right", color=style["color"],
     )  # fmt: skip
     panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(whole_numbers())
     panels[-1].set_xlim(-0.02 * one.length - 0.5, 1.02 * one.length + 0.5)
     _say(figure, title or f"Trajectory {one.id}: {_summary(one)}", _fields(one))
 
@@ -226,20 +230,48 @@ def _strips(figure: Figure | SubFigure, chosen: list[Trajectory], column: Column
     pictures = to_pictures([one[column.path][s] for one, some in zip(chosen, steps, strict=True) for s in some])
     left = iter(pictures.frames)
     grid = figure.subplots(len(chosen), frames, squeeze=False)
+    room = (_WIDTH - 1.2) / frames / _CHARACTER  # of a label, characters
+    notes = [pictures.note] if pictures.note else []
     for one, some, line in zip(chosen, steps, grid, strict=True):
+        labels, brief = _frame_labels(some, one.length, room)
+        if brief and _BRIEF_NOTE not in notes:
+            notes.append(_BRIEF_NOTE)
         for axes in line:
             axes.set_axis_off()
-        for step, axes in zip(some, line, strict=False):
+        for label, axes in zip(labels, line, strict=False):
             frame = next(left)
             axes.imshow(
                 frame, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if min(frame.shape[:2]) < 64 else None
             )
-            axes.set_title(f"step {step}" if step < one.length else f"final ({step})", fontsize=8, pad=3)
+            place = {"x": 1.0, "ha": "right"} if brief else {}  # wider than its frame, the last would leave the picture
+            axes.set_title(label, fontsize=_FRAME_FONT, pad=3, **place)
         line[0].annotate(
             f"trajectory {one.id}\n" + _summary(one).replace(", ", "\n"), (0, 0.5), xycoords="axes fraction",
             xytext=(-8, 0), textcoords="offset points", ha="right", va="center", fontsize=9,
         )  # fmt: skip
-    return f"; {pictures.note}" if pictures.note else ""
+    return "".join(f"; {note}" for note in notes)
+
+
+def _frame_labels(steps: Sequence[int], length: int, room: float) -> tuple[list[str], bool]:
+    """What stands above frames, and whether it is numbers alone; some have no label if not even those fit.
+
+    >>> _frame_labels([0, 7], 7, 12.0), _frame_labels([0, 50, 100], 100, 4.5), _frame_labels([0, 50, 100], 100, 2.0)
+    ((['step 0', 'final (7)'], False), (['0', '50', '100'], True), (['0', '', '100'], True))
+    """
+    whole = [f"step {step}" if step < length else f"final ({step})" for step in steps]
+    if max(map(len, whole)) < room:
+        return whole, False
+    every = int(np.ceil((len(str(steps[-1])) + 1) / room))  # a label takes as much as so many frames
+    last = len(steps) - 1
+    return [str(step) if (last - n) % every == 0 else "" for n, step in enumerate(steps)], True
+
+
+def _no_returns(view: View) -> str:
+    """Why there are none."""
+    reward = view.schema.get("reward")
+    if reward is not None and not reward.shape and not reward.is_variable:
+        return "No returns: the sums of 'reward' are not finite in any of these trajectories that have it."
+    return "No returns: they are sums of a scalar column named 'reward', which these trajectories lack."
 
 
 def _table(view: View) -> pd.DataFrame:
@@ -335,7 +367,7 @@ def _ending(one: Trajectory) -> tuple[str, dict[str, Any]]:
 def _summary(one: Trajectory) -> str:
     parts = [f"{one.length:,} steps".replace(",", "\u2009")]
     if one.reward_sum is not None:
-        parts.append(f"return {one.reward_sum:.4g}")
+        parts.append(f"return {one.reward_sum:.4g}" if np.isfinite(one.reward_sum) else "no finite return")
     if one.terminated or one.truncated:
         parts.append("terminated" if one.terminated else "truncated")
     return ", ".join(parts)
