@@ -398,7 +398,7 @@ def test_merge_begins_where_one_stands(run, places, monkeypatch):
         (["sample", "{url}", "--cache-bytes", "1kB"], "pass --cache-bytes >= "),
         (["sample", "{url}", "--device", "cuda:99"], "CUDA devices here"),
         (["sample", "{url}", "--device", "quantum"], "--device 'quantum'"),
-        (["record", "CartPole-v7", "--out", "memory://cli"], "CartPole"),
+        (["record", "CartPole-v1", "--out", "memory://cli"], "memory://cli would be in the memory of this command"),
     ],
 )
 def test_errors_are_one_sentence(run, url, arguments, message):
@@ -412,6 +412,64 @@ def test_wrong_usage_is_shown(run):
     assert "is not a number of bytes" in run("sample", "x", "--cache-bytes", "much", code=2)
     assert "less than one byte" in run("sample", "x", "--cache-bytes", "0", code=2)
     assert "Invalid value" in run("record", "CartPole-v1", "--out", "x", "--episodes", "0", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "code"),
+    [
+        (["CartPole-v7"], "no environment 'CartPole-v7' is registered: did you mean", 1),
+        (["CartPole-v1", "--env-option", "foo=3"], "could not be made with foo=3: TypeError: ", 1),
+        (["FrozenLake-v1", "--env-option", "map_name=7x7"], "could not be made with map_name='7x7': KeyError: ", 1),
+        (["CartPole-v1", "--num-envs", "2", "--env-option", "foo=3"], "could not be made with foo=3", 1),
+        (["CartPole-v1", "--codec", "best"], "--codec 'best', expected", 1),
+        (["CartPole-v1", "--seed", "-1"], "Invalid value for '--seed'", 2),
+    ],
+)
+def test_a_record_that_fails_says_why_and_leaves_no_store(run, tmp_path, arguments, words, code):
+    url = tmp_path / "new"
+    complaint = " ".join(run("record", *arguments, "--out", str(url), code=code).replace("│", " ").split())
+    assert words in complaint
+    assert "Traceback" not in complaint
+    assert not url.exists()
+
+
+def test_a_record_that_fails_leaves_the_store_that_was_there(run, url):
+    before = trajstore.open(url).version
+    run("record", "CartPole-v7", "--out", url, code=1)
+    assert "column 'obs'" in run("record", "CartPole-v1", "-n", "1", "--out", url, code=1)
+    assert trajstore.open(url).version == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "record CartPole-v1 -o {gone}",
+        "demo {gone}",
+        "merge runs/b -o {gone}",
+        "split runs/b -o {gone} --first 1",
+        "split runs/b -o new=0.5 -o {gone}=0.5",
+        "delete {gone} --where length>1",
+        "retain {gone} --last 1",
+        "tag {gone} paper",
+        "restore {gone} 1",
+        "compact {gone}",
+        "vacuum {gone}",
+        "relocate {gone} a b",
+        "verify {gone} --repair",
+        "rlinf import files {gone}",
+        "rlinf export buffer {gone}",
+        "rlinf merge-or-split --source-path ranks --save-path {gone}",
+    ],
+)
+def test_nothing_is_made_in_the_memory_of_a_command(run, places, arguments):
+    complaint = run(*arguments.format(gone="memory://gone").split(), code=1)
+    assert "memory://gone would be in the memory of this command, and gone when it ends; choose a path" in complaint
+    assert not os.path.exists("new")
+    assert not len(trajstore.open("runs/b").pins())
+
+
+def test_help_advertises_no_store_in_memory(run):
+    assert "memory://" not in run("--help")
 
 
 def test_record_then_look(run, tmp_path):

@@ -74,6 +74,57 @@ def test_tables_fit_and_cut_no_word(url, width, command):
         }
 
 
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory):
+    """Columns and tags whose names differ only behind the 40th character, and numbers with exponents."""
+    url = str(tmp_path_factory.mktemp("check") / "long")
+    rng = np.random.default_rng(0)
+    with trajstore.open(url, "a") as store:
+        columns = {
+            "robot/left_arm_joint_velocities_filtered_and_smoothed": rng.normal(size=(11, 2)) * 1e-7,
+            "reward": np.full(10, -123456.789),
+        }
+        store.append(columns)
+        store.flush()
+        for name in LONG_TAGS:
+            store.tag(name)
+    return url
+
+
+LONG_TAGS = ("x" * 60 + "one", "x" * 60 + "two")
+
+
+def first_column(text):
+    """What stands in the first column of the table, joined."""
+    rows = [line.strip("│").split("│")[0] if "│" in line else line.split("  ")[0] for line in text.splitlines()]
+    return "".join(row.strip() for row in rows)
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
+@pytest.mark.parametrize("command", ["stats", "tag", "versions", "info", "sample"])
+def test_no_number_is_cut_and_no_name_is_lost(long_names, width, command):
+    options = ["--batches", "3"] * (command == "sample")
+    text = done(command, long_names, *options, width=width).out
+    assert max(len(line.rstrip()) for line in text.splitlines() if long_names not in line) <= width
+    assert "\u2026" not in text
+    table = re.sub(r"\d+ more columns?: .*?;", "", text, flags=re.DOTALL)
+    whole = done(command, long_names, *options, width=500).out
+    if command != "sample":  # in which the speeds differ
+        numbers = re.compile(r"(?<![\w.-])-?\d[\d.,]*(?:e[+-]\d+)?(?![\w.-])")
+        assert {*numbers.findall(table)} <= {*numbers.findall(whole)}
+    if command == "stats":
+        assert re.search(r"reward .*-1\.235e\+05", table)
+        for entry in range(2):
+            assert f"robot/left_arm_joint_velocities_filtered_and_smoothed[{entry}]" in first_column(table)
+    if command == "tag":
+        assert all(name in first_column(table) for name in LONG_TAGS)
+    if command == "info":
+        assert "robot/left_arm_joint_velocities_filtered_and_smoothed" in first_column(text.split("where the bytes")[1])
+    if width < 200 and command == "stats":
+        left = re.search(r"more columns?: (.*?); --json shows all", " ".join(text.split()))[1].split(", ")
+        assert not {*left} & {*table.splitlines()[0].split()}
+
+
 def test_versions(url):
     rows = done("versions", url, "--json").document
     assert [row["version"] for row in rows] == [6, 5, 4, 3, 2, 1]
@@ -157,6 +208,19 @@ def test_plot_has_a_name_for_the_picture(url, tmp_path, monkeypatch):
         (["plot", "nothing"], "KIND 'nothing', expected 'overview'"),
         (["plot", "--by", "size"], "--by 'size' is not a field of the trajectories"),
         (["plot", "--x", "size"], "--x 'size', expected 'id', 'created_at' or 'steps'"),
+        (
+            ["plot", "-t", "3"],
+            "--trajectory means nothing to KIND 'overview', only to trajectory and frames; leave it out",
+        ),
+        (["plot", "returns", "--frames", "8"], "--frames means nothing to KIND 'returns', only to overview and frames"),
+        (["plot", "returns", "--rows", "3"], "--rows means nothing to KIND 'returns', only to frames"),
+        (["plot", "lengths", "--x", "id"], "--x means nothing to KIND 'lengths', only to overview and returns"),
+        (["plot", "lengths", "--by", "task"], "--by means nothing to KIND 'lengths'"),
+        (
+            ["plot", "trajectory", "-t", "1", "-t", "2"],
+            "draws one trajectory, and --trajectory [1, 2] are 2; draw them one",
+        ),
+        (["plot", "-o", "a.gif"], "--out 'a.gif' ends in none of .png, .pdf, .svg"),
         (["plot", "-o", "a.doc"], "--out 'a.doc' ends in none of"),
         (["plot", "-o", "no/such/folder.png"], "no/such/folder.png: No such file or directory"),
         (["plot", "trajectory", "-t", "99"], "no trajectory 99; its ids are from 1 to 3"),

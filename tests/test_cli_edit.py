@@ -77,7 +77,7 @@ def test_split_at_random_by_count_and_by_expression(url, tmp_path, monkeypatch):
     assert (lengths("early"), lengths("late")) == ([3], [5, 4])
     done("split", url, "-o", "short=length < 4", "-o", "long=length >=4")
     assert (lengths("short"), lengths("long")) == ([3], [5, 4])
-    assert done("split", url, "-o", "lr=0.3", "--first", 2).said == "2 trajectories in lr=0.3"
+    assert done("split", url, "-o", "lr=0.3/", "--first", 2).said == "2 trajectories in lr=0.3/"
     assert lengths("lr=0.3") == [3, 5]
     done("split", url, "-o", "picks", "--where", "task == 'pick' and length > 3", "--share", "copy")
     assert lengths("picks") == [5, 4]
@@ -197,6 +197,19 @@ def test_compact(tmp_path):
     assert done("compact", url, "--json").document["segments_before"] == 0
 
 
+def test_compact_says_what_lies_in_other_stores(tmp_path):
+    source = fill(tmp_path / "s", lengths=range(1, 13))
+    done("merge", source, "-o", tmp_path / "all")
+    told = done("compact", tmp_path / "all").said
+    assert "nothing to compact in" in told
+    assert (
+        "12 segments lie in other stores; compact those and merge them again, or merge them with --share copy" in told
+    )
+    done("merge", source, "-o", tmp_path / "own", "--share", "copy")
+    assert "12 segments are in 1 segment now" in done("compact", tmp_path / "own").said
+    assert "other stores" not in done("compact", tmp_path / "own").said
+
+
 NOW = ("--grace", "0d", "--keep-for", "0d", "--keep-versions", "1", "--exclusive")
 
 
@@ -305,6 +318,14 @@ def test_errors_are_one_sentence_about_options(places, monkeypatch, arguments, w
         (["merge", "-o", "b"], "Missing argument 'SOURCE'"),
         (["split", "a", "-o", "b=0.5", "-o", "c"], "'c' does not say which part; several stores take one each"),
         (["split", "a", "-o", "b=0.5", "-o", "b=0.5"], "'b' is named twice"),
+        (
+            ["split", "a", "-o", "b=0.5", "--where", "length > 3"],
+            "'b=0.5' says which part it gets, and so does --first or",
+        ),
+        (["split", "a", "-o", "x/b=7", "--first", "3"], "name the folder as 'x/b=7/' if the store is called so"),
+        (["split", "a", "-o", "b=task == 'a/b'", "--first", "3"], "says which part it gets"),
+        (["tag", "a", "b", "--remove", "--version", "2"], "--remove takes the name away from whichever version has it"),
+        (["tag", "a", "b", "--remove", "--move"], "leave out --version and --move"),
         (["delete", "a"], "Missing option '--where'"),
         (["retain", "a", "--max-bytes", "lots"], "'lots' is not a number of bytes; write 500MB"),
         (["retain", "a", "--last", "-1"], "--last"),

@@ -26,7 +26,7 @@ LAYERS = [
     {"editing"},
     {"store"},
     {"opening"},
-    {"arrange", "console", "report", "report_history", "gym", "buffers"},
+    {"arrange", "console", "report", "report_history", "tables", "gym", "buffers"},
     {"demo"},
     {"cli"},
 ]

@@ -11,6 +11,7 @@ import trajstore
 pytest.importorskip("matplotlib")
 
 import matplotlib.image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from trajstore.interop.images import image_column, looks_like_images, to_pictures
@@ -123,7 +124,7 @@ def test_lengths_are_counted_by_how_they_ended(view):
     axes = view.plot("lengths").axes[0]
     names = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("median")]
     counts = {name: sum(bar.get_height() for bar in bars) for name, bars in zip(names, axes.containers, strict=True)}
-    assert counts == {"terminated": 2, "truncated": 1, "neither": 1}
+    assert counts == {"terminated": 2, "truncated": 1, "neither terminated\nnor truncated": 1}
     assert f"median {np.median(LENGTHS):.4g}" in words(axes.figure)
 
 
@@ -251,6 +252,15 @@ def test_without_rewards_the_picture_says_so():
         ({"kind": "frames", "columns": "action"}, "expected one column of images"),
         ({"kind": "returns", "x": "tiem"}, "x='tiem'"),
         ({"path": "picture.doc"}, "picture.doc.*png"),
+        ({"path": "picture.gif"}, r"ends in none of \.png, \.pdf, \.svg"),
+        ({"trajectory": 3}, "trajectory= means nothing to kind='overview', only to trajectory and frames"),
+        ({"columns": ["action"]}, "columns= means nothing to kind='overview'"),
+        ({"kind": "returns", "rows": 2}, "rows= means nothing to kind='returns', only to frames"),
+        ({"kind": "returns", "frames": 2}, "frames= means nothing to kind='returns', only to overview and frames"),
+        ({"kind": "lengths", "x": "steps"}, "x= means nothing to kind='lengths', only to overview and returns"),
+        ({"kind": "lengths", "by": "task"}, "by= means nothing to kind='lengths'"),
+        ({"kind": "trajectory", "frames": 3}, "frames= means nothing to kind='trajectory'"),
+        ({"kind": "trajectory", "trajectory": [0, 1]}, r"draws one trajectory, and trajectory=\[0, 1\] are 2"),
         ({"path": "picture"}, "ends in none of"),
         ({"show": True}, "opens no windows"),
     ],
@@ -293,3 +303,87 @@ def test_pyplot_is_not_imported_and_a_missing_matplotlib_says_what_to_install():
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+def overlapping(texts, figure):
+    """Pairs of texts that run into each other, and texts that leave the picture."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+    pairs = [(a, b) for n, (a, one) in enumerate(boxes) for b, other in boxes[n + 1 :] if one.overlaps(other)]
+    return pairs + [a for a, box in boxes if not (figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1)]
+
+
+@pytest.mark.parametrize("frames", [1, 8, 14, 20, 45])
+def test_the_labels_of_frames_do_not_run_into_each_other(frames):
+    with trajstore.open(f"memory://plot-labels-{frames}", "a") as store:
+        store.append({"obs": np.zeros((1538, 16, 16), np.uint8), "reward": np.ones(1537)})
+        figure = store.trajectories.plot("frames", frames=frames)
+    titles = [axes.title for axes in figure.axes]
+    assert not overlapping(titles, figure)
+    assert "1537" in titles[-1].get_text() or frames == 1
+    assert ("numbers are steps" in figure.get_suptitle()) == (not titles[0].get_text().startswith("step"))
+
+
+def test_labels_below_large_returns_do_not_run_into_each_other():
+    rng = np.random.default_rng(0)
+    with trajstore.open("memory://plot-large-returns", "a") as store:
+        for number in range(60):
+            store.append(
+                {"reward": rng.normal(size=7) * 2000 + 6000}, task=f"put {number % 3} cubes into the bowl there"
+            )
+        figure = store.trajectories.plot("overview", by="task")
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        shown = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+        assert len(shown) > 2
+        assert not overlapping(shown, figure)
+
+
+def test_long_names_in_a_legend_stay_apart():
+    names = [f"put the red cube that lies on the left into bowl number {n}" for n in range(3)]
+    alike = [f"{'a' * 60}{n}{'b' * 60}" for n in range(2)]
+    with trajstore.open("memory://plot-long-names", "a") as store:
+        for number, name in enumerate(names):
+            store.append({"reward": np.ones(2)}, task=name, other=alike[number % 2], third="x" * 200 + str(number))
+        view = store.trajectories
+
+        def legend(field):
+            return view.plot("returns", by=field).axes[0].get_legend_handles_labels()[1]
+
+        assert {name.replace("\n", " ") for name in legend("task")} == {*names}
+        assert {name.replace("\n", "") for name in legend("other")} == {*alike}
+        assert all("\u2026" in name and len(name) < 80 for name in legend("third"))
+
+
+def test_ranges_begin_and_end_with_what_is_there():
+    with trajstore.open("memory://plot-ranges", "a") as store:
+        for number in range(41):
+            store.append({"reward": np.ones(2)}, lr=number / 40)
+        names = store.trajectories.plot("returns", by="lr").axes[0].get_legend_handles_labels()[1]
+    assert (names[0].split(" to ")[0], names[-1].split(" to ")[1]) == ("0", "1")
+
+
+def test_few_short_trajectories_have_axes_of_what_can_be():
+    with trajstore.open("memory://plot-short", "a") as store:
+        for total in (4, 5, 4):
+            store.append({"reward": np.full(2, total / 2)})
+        overview = store.trajectories.plot()
+        steps = store.trajectories.plot("trajectory").axes[-1].get_xticks()
+    lengths, returns = overview.axes[1:3]
+    assert lengths.get_xlim()[0] > 0
+    assert 2 < returns.get_xlim()[0] < returns.get_xlim()[1] < 7
+    assert (steps == np.round(steps)).all()
+
+
+def test_rewards_that_are_not_finite_are_told():
+    with trajstore.open("memory://plot-nan", "a") as store:
+        store.append({"reward": np.array([1, np.nan, 2, 3.0])})
+        view = store.trajectories
+        drawn = written(view.plot("trajectory"))
+        assert "NaN or infinite in 1 of 4 rows" in drawn
+        assert "NaN or infinite in 3 of 4 rows" in drawn  # the return so far
+        assert "no finite return" in drawn
+        assert "the sums of 'reward' are not finite" in written(view.plot("returns"))

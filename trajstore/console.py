@@ -78,6 +78,7 @@ _OPTIONS = {
     "source_path": "--source-path",
     "split_count": "--split-count",
     "storage_options": "--storage-option",
+    "trajectory": "--trajectory",
     "trajectory_format": "--format",
     "version": "--version",
     "where": "--where",

@@ -105,7 +105,12 @@ def run_demo(
     _show_returns(result, console)
     for store_url in stores:
         with trajstore.open(store_url) as store:
-            report.print_usage(console, store.usage(), title=f"where the bytes of {store_url} are")
+            report.print_usage(
+                console,
+                store.usage(),
+                title=f"where the bytes of {store_url} are",
+                how=f"trajstore info {store_url} --json shows all",
+            )
     _show_sampling(stores, seed, console)
     console.print("\nLook further:", style="bold")
     for command in ("info", "ls", "head", "sample"):

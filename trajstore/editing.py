@@ -237,9 +237,10 @@ class Edited:
                 else reads or writes.
 
         Returns:
-            The version.
+            The version; without ids there is no new one.
 
         Raises:
+            SelectionError: Something else than ids.
             IndexRangeError: A trajectory that the latest version does not hold.
             EditUnderWayError: With ``reclaim``, while another thread compacts, repairs, restores or computes a column;
                 nothing is deleted.
@@ -254,11 +255,23 @@ class Edited:
             ...     len(store.trajectories)
             1
         """
+        if isinstance(ids, View) or not isinstance(ids, Iterable):
+            given = (
+                "a view; give its ids: delete(view.ids)"
+                if isinstance(ids, View)
+                else f"{ids!r}; write delete([{ids!r}])"
+            )
+            raise SelectionError(f"delete takes ids of trajectories, found {given}")
         chosen = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
         if chosen.size and chosen.dtype.kind not in "iu":
             raise SelectionError(f"ids of dtype {chosen.dtype}, expected integers")
         with self._turns.removing("delete(reclaim=True)") if reclaim else contextlib.nullcontext():
-            version = self._writing().commit(Delete(np.unique(chosen.astype(np.int64))))
+            writer = self._writing()
+            if chosen.size:
+                version = writer.commit(Delete(np.unique(chosen.astype(np.int64))))
+            else:
+                writer.flush()
+                version = writer.head
             if reclaim:
                 self._vacuum(LATEST_ONLY, exclusive=True, progress=False)
         return version.number

@@ -8,8 +8,8 @@ vision can tell apart.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from trajstore.interop.panels import (
     draw_steps,
     group_rows,
     styled,
+    whole_numbers,
 )
 
 if TYPE_CHECKING:
@@ -41,12 +42,23 @@ if TYPE_CHECKING:
     from trajstore.view import View
 
 Kind = Literal["overview", "returns", "lengths", "trajectory", "frames"]
+_TAKEN: dict[str, tuple[str, ...]] = {  # which arguments mean something to which kind
+    "overview": ("by", "x", "frames"),
+    "returns": ("by", "x"),
+    "lengths": (),
+    "trajectory": ("trajectory", "columns"),
+    "frames": ("trajectory", "columns", "rows", "frames"),
+}
+_BY_DEFAULT = {"by": None, "x": "id", "trajectory": None, "columns": None, "rows": 3, "frames": 8}
+_SUFFIXES = ("png", "pdf", "svg")
 _NO_WINDOWS = frozenset({"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"})
 _WIDTH = 10.0  # inches
 _DPI = 120
 _MOST_PANELS = 8
 _LARGEST_VECTOR = 256
-_NO_RETURNS = "No returns: they are sums of a scalar column named 'reward', which these trajectories lack."
+_BRIEF_NOTE = "numbers are steps"
+_FRAME_FONT = 8  # points
+_CHARACTER = 0.62 * _FRAME_FONT / 72  # inches, about
 
 
 class Picture(Figure):
@@ -75,20 +87,24 @@ def plot(
     show: bool = False,
 ) -> Figure:
     """A picture of a view; ``View.plot`` says what the arguments mean."""
-    if kind not in get_args(Kind):
-        raise SelectionError(f"kind={kind!r}, expected {', '.join(map(repr, get_args(Kind)))}")
+    given = {"by": by, "x": x, "trajectory": trajectory, "columns": columns, "rows": rows, "frames": frames}
+    check_taken(kind, [name for name, value in given.items() if not _is_default(name, value)])
     if not len(view):
         raise SelectionError("a picture of an empty view; choose a view with trajectories in it (see view.filter)")
     _check_target(path, show)
     names = [columns] if isinstance(columns, str) else columns
     wanted = [trajectory] if isinstance(trajectory, int | np.integer) else trajectory
+    if kind == "trajectory" and wanted is not None and len(wanted) > 1:
+        raise SelectionError(
+            f"kind='trajectory' draws one trajectory, and trajectory={list(wanted)} are {len(wanted)}; draw them one by one"
+        )
     figure = _new_figure(show)
     if kind == "overview":
         _overview(figure, view, by, x, frames, title)
     elif kind == "returns":
         figure.set_size_inches(_WIDTH, 5)
         table = _table(view)
-        draw_returns(figure.subplots(), table, _places(table, x), group_rows(table, by), x, missing=_NO_RETURNS)
+        draw_returns(figure.subplots(), table, _places(table, x), group_rows(table, by), x, missing=_no_returns(view))
         _say(figure, title or f"Returns of {_counted(view)}")
     elif kind == "lengths":
         figure.set_size_inches(_WIDTH, 5)
@@ -105,6 +121,29 @@ def plot(
     return figure
 
 
+def check_taken(kind: str, names: Iterable[str]) -> None:
+    """Refuse what would be ignored.
+
+    Args:
+        kind: Of a picture.
+        names: Arguments of ``plot`` that the caller gave.
+
+    Raises:
+        SelectionError: There is no such kind, or an argument means nothing to it.
+    """
+    if kind not in _TAKEN:
+        raise SelectionError(f"kind={kind!r}, expected {', '.join(map(repr, _TAKEN))}")
+    for name in names:
+        if name not in _TAKEN[kind]:
+            kinds = " and ".join(one for one, taken in _TAKEN.items() if name in taken)
+            raise SelectionError(f"{name}= means nothing to kind={kind!r}, only to {kinds}; leave it out")
+
+
+def _is_default(name: str, value: Any) -> bool:
+    default = _BY_DEFAULT[name]
+    return value is None or (isinstance(value, str | int) and value == default)  # an array is neither
+
+
 def _overview(figure: Figure, view: View, by: str | None, x: str, frames: int, title: str | None) -> None:
     table = _table(view)
     groups = group_rows(table, by)
@@ -112,7 +151,7 @@ def _overview(figure: Figure, view: View, by: str | None, x: str, frames: int, t
     heights = [3.2, 2.6] + ([_strip_height(images, frames) + 0.3] if images else [])
     figure.set_size_inches(_WIDTH, sum(heights) + 0.6)
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
-    draw_returns(parts[0].subplots(), table, _places(table, x), groups, x, missing=_NO_RETURNS)
+    draw_returns(parts[0].subplots(), table, _places(table, x), groups, x, missing=_no_returns(view))
     left, right = parts[1].subplots(1, 2)
     _lengths(left, table)
     returns = table["reward_sum"].to_numpy(np.float64)
@@ -134,7 +173,7 @@ def _lengths(axes: Any, table: pd.DataFrame) -> None:
     ends = [
         Group("terminated", GREY, terminated),
         Group("truncated", PURPLE, truncated & ~terminated),
-        Group("neither", PALE, ~terminated & ~truncated),
+        Group("neither terminated\nnor truncated", PALE, ~terminated & ~truncated),
     ]
     used = tuple(group for group in ends if group.rows.any())
     draw_histogram(axes, table["length"].to_numpy(np.float64), used, label="length (steps)", whole=True)
@@ -161,6 +200,7 @@ def _trajectory(figure: Figure, chosen: list[Trajectory], names: Sequence[str] |
         ha="right", color=style["color"],
     )  # fmt: skip
     panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(whole_numbers())
     panels[-1].set_xlim(-0.02 * one.length - 0.5, 1.02 * one.length + 0.5)
     _say(figure, title or f"Trajectory {one.id}: {_summary(one)}", _fields(one))
 
@@ -190,20 +230,48 @@ def _strips(figure: Figure | SubFigure, chosen: list[Trajectory], column: Column
     pictures = to_pictures([one[column.path][s] for one, some in zip(chosen, steps, strict=True) for s in some])
     left = iter(pictures.frames)
     grid = figure.subplots(len(chosen), frames, squeeze=False)
+    room = (_WIDTH - 1.2) / frames / _CHARACTER  # of a label, characters
+    notes = [pictures.note] if pictures.note else []
     for one, some, line in zip(chosen, steps, grid, strict=True):
+        labels, brief = _frame_labels(some, one.length, room)
+        if brief and _BRIEF_NOTE not in notes:
+            notes.append(_BRIEF_NOTE)
         for axes in line:
             axes.set_axis_off()
-        for step, axes in zip(some, line, strict=False):
+        for label, axes in zip(labels, line, strict=False):
             frame = next(left)
             axes.imshow(
                 frame, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if min(frame.shape[:2]) < 64 else None
             )
-            axes.set_title(f"step {step}" if step < one.length else f"final ({step})", fontsize=8, pad=3)
+            place = {"x": 1.0, "ha": "right"} if brief else {}  # wider than its frame, the last would leave the picture
+            axes.set_title(label, fontsize=_FRAME_FONT, pad=3, **place)
         line[0].annotate(
             f"trajectory {one.id}\n" + _summary(one).replace(", ", "\n"), (0, 0.5), xycoords="axes fraction",
             xytext=(-8, 0), textcoords="offset points", ha="right", va="center", fontsize=9,
         )  # fmt: skip
-    return f"; {pictures.note}" if pictures.note else ""
+    return "".join(f"; {note}" for note in notes)
+
+
+def _frame_labels(steps: Sequence[int], length: int, room: float) -> tuple[list[str], bool]:
+    """What stands above frames, and whether it is numbers alone; some have no label if not even those fit.
+
+    >>> _frame_labels([0, 7], 7, 12.0), _frame_labels([0, 50, 100], 100, 4.5), _frame_labels([0, 50, 100], 100, 2.0)
+    ((['step 0', 'final (7)'], False), (['0', '50', '100'], True), (['0', '', '100'], True))
+    """
+    whole = [f"step {step}" if step < length else f"final ({step})" for step in steps]
+    if max(map(len, whole)) < room:
+        return whole, False
+    every = int(np.ceil((len(str(steps[-1])) + 1) / room))  # a label takes as much as so many frames
+    last = len(steps) - 1
+    return [str(step) if (last - n) % every == 0 else "" for n, step in enumerate(steps)], True
+
+
+def _no_returns(view: View) -> str:
+    """Why there are none."""
+    reward = view.schema.get("reward")
+    if reward is not None and not reward.shape and not reward.is_variable:
+        return "No returns: the sums of 'reward' are not finite in any of these trajectories that have it."
+    return "No returns: they are sums of a scalar column named 'reward', which these trajectories lack."
 
 
 def _table(view: View) -> pd.DataFrame:
@@ -299,7 +367,7 @@ def _ending(one: Trajectory) -> tuple[str, dict[str, Any]]:
 def _summary(one: Trajectory) -> str:
     parts = [f"{one.length:,} steps".replace(",", "\u2009")]
     if one.reward_sum is not None:
-        parts.append(f"return {one.reward_sum:.4g}")
+        parts.append(f"return {one.reward_sum:.4g}" if np.isfinite(one.reward_sum) else "no finite return")
     if one.terminated or one.truncated:
         parts.append("terminated" if one.terminated else "truncated")
     return ", ".join(parts)
@@ -341,9 +409,9 @@ def _check_target(path: str | os.PathLike[str] | None, show: bool) -> None:
     """Before anything is read and drawn."""
     if path is not None:
         suffix = os.path.splitext(os.fspath(path))[1].removeprefix(".").lower()
-        known = Figure().canvas.get_supported_filetypes()
-        if suffix not in known:
-            raise SelectionError(f"path={os.fspath(path)!r} ends in none of {', '.join(f'.{name}' for name in known)}")
+        if suffix not in _SUFFIXES:
+            known = ", ".join(f".{name}" for name in _SUFFIXES)
+            raise SelectionError(f"path={os.fspath(path)!r} ends in none of {known}; name the picture so")
     if show:
         backend = str(matplotlib.get_backend())
         if backend.lower() in _NO_WINDOWS:

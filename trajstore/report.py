@@ -24,6 +24,7 @@ from trajstore.feed.measure import Pace, SamplingMeasurement
 from trajstore.read.leases import CacheStats
 from trajstore.read.usage import StoreUsage
 from trajstore.store import Store
+from trajstore.tables import print_left, print_table
 from trajstore.trajectory import Trajectory
 from trajstore.view import View
 
@@ -118,40 +119,46 @@ def print_standing(console: Console, health: Health) -> None:
 
 def print_columns(console: Console, store: Store) -> None:
     """The schema, one row per column, then the metadata fields."""
-    table = Table(title="columns", title_justify="left")
-    table.add_column("column", overflow="fold")
-    for name in ("per step", "rows", "presence"):
-        table.add_column(name, no_wrap=True)
-    for column in store.schema:
-        rows = "length + 1" if column.extra else "length"
-        table.add_row(column.path, column.describe(), rows, column.presence)
-    console.print(table)
+    columns = list(store.schema)
+    cells: dict[str, list[str]] = {
+        "column": [column.path for column in columns],
+        "per step": [column.describe() for column in columns],
+        "rows": ["length + 1" if column.extra else "length" for column in columns],
+        "presence": [column.presence for column in columns],
+    }
+    print_table(console, cells, texts=("column",), title="columns")
     if store.schema.metadata:
         fields = ", ".join(f"{name} ({kind})" for name, kind in store.schema.metadata.items())
         console.print(f"metadata: {fields}", highlight=False)
 
 
-def print_usage(console: Console, usage: StoreUsage, *, title: str = "where the bytes are") -> None:
-    """Where the bytes are, largest first."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("object", overflow="fold")
-    table.add_column("codec", no_wrap=True)
-    for name in ("rows", "in memory", "stored", "ratio", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
-    total = max(sum(entry.stored_bytes for entry in usage.objects.values()), 1)
-    for name, entry in sorted(usage.objects.items(), key=lambda item: -item[1].stored_bytes):
-        logical = entry.logical_bytes
-        label = name if len(entry.columns) == 1 else f"{name} ({', '.join(entry.columns)})"
-        table.add_row(
-            label,
-            entry.codec,
-            f"{entry.rows:,}",
-            "varies" if logical is None else decimal(logical),
-            decimal(entry.stored_bytes),
-            "" if logical is None else f"{logical / max(entry.stored_bytes, 1):.1f}",
-            f"{entry.stored_bytes / total:.0%}",
-        )
-    console.print(table)
+def print_usage(
+    console: Console, usage: StoreUsage, *, title: str = "where the bytes are", how: str = "--json shows all"
+) -> None:
+    """Where the bytes are, largest first; ``how`` to see what there is no room for."""
+    objects = sorted(usage.objects.items(), key=lambda item: -item[1].stored_bytes)
+    total = max(sum(entry.stored_bytes for _, entry in objects), 1)
+    numbers = {
+        "rows": [f"{entry.rows:,}" for _, entry in objects],
+        "in memory": [
+            "varies" if entry.logical_bytes is None else decimal(entry.logical_bytes) for _, entry in objects
+        ],
+        "stored": [decimal(entry.stored_bytes) for _, entry in objects],
+        "ratio": [
+            "" if entry.logical_bytes is None else f"{entry.logical_bytes / max(entry.stored_bytes, 1):.1f}"
+            for _, entry in objects
+        ],
+        "share": [f"{entry.stored_bytes / total:.0%}" for _, entry in objects],
+    }
+    cells = {
+        "object": [
+            name if len(entry.columns) == 1 else f"{name} ({', '.join(entry.columns)})" for name, entry in objects
+        ],
+        "codec": [entry.codec for _, entry in objects],
+        **numbers,
+    }
+    least = ("rows", "codec", "ratio", "in memory", "share")
+    print_table(console, cells, texts=("object",), right=numbers, least=least, title=title, how=how)
 
 
 def print_trajectories(
@@ -189,7 +196,7 @@ def print_trajectories(
     alike = ", ".join(f"{name}={text}" for name, text in same.items() if text)
     if alike:
         console.print(f"in all of these: {alike}", highlight=False)
-    _print_left(console, left, "-c NAME shows one, --json all")
+    print_left(console, left, "-c NAME shows one, --json all")
     if total > len(frame):
         console.print(f"{len(frame)} of {quantity(total, 'trajectory')}", highlight=False)
 
@@ -238,7 +245,7 @@ def print_steps(
     if columns is None:
         left = [name for name in trajectory.columns if name not in fitting]
         described = [f"{name} ({trajectory.column(name).column.describe()})" for name in left]
-        _print_left(console, described, "-c NAME shows one")
+        print_left(console, described, "-c NAME shows one")
 
 
 def sampling_json(view: View, measured: SamplingMeasurement, *, window: int | None) -> dict[str, Any]:
@@ -274,28 +281,24 @@ def print_sampling(console: Console, view: View, measured: SamplingMeasurement, 
         f"{quantity(len(view), 'trajectory')}, {quantity(view.num_steps, 'step')}, version {view.version}",
         highlight=False,
     )
-    table = Table(title=f"a batch, {decimal(measured.batch_bytes)}", title_justify="left")
-    table.add_column("column", overflow="fold")
-    for name in ("dtype", "shape"):
-        table.add_column(name, no_wrap=True)
-    for entry in measured.entries:
-        table.add_row(entry.path, entry.dtype, str(list(entry.shape)))
-    console.print(table)
-    table = Table(title="how fast", title_justify="left")
-    table.add_column("batches")
-    for name in ("number", "seconds", "windows/s", "steps/s", "bytes/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, pace in (("while pages were read", measured.cold), ("from the page cache", measured.hot)):
-        if pace.batches:
-            table.add_row(
-                label,
-                f"{pace.batches:,}",
-                f"{pace.seconds:.2f}",
-                f"{pace.windows_per_s:,.0f}",
-                f"{pace.windows_per_s * (window or 1):,.0f}",
-                decimal(round(measured.bytes_per_s(pace))),
-            )
-    console.print(table)
+    entries = {
+        "column": [entry.path for entry in measured.entries],
+        "dtype": [entry.dtype for entry in measured.entries],
+        "shape": [str(list(entry.shape)) for entry in measured.entries],
+    }
+    print_table(console, entries, texts=("column",), title=f"a batch, {decimal(measured.batch_bytes)}")
+    labelled = (("while pages were read", measured.cold), ("from the page cache", measured.hot))
+    paces = [(label, pace) for label, pace in labelled if pace.batches]
+    numbers = {
+        "number": [f"{pace.batches:,}" for _, pace in paces],
+        "seconds": [f"{pace.seconds:.2f}" for _, pace in paces],
+        "windows/s": [f"{pace.windows_per_s:,.0f}" for _, pace in paces],
+        "steps/s": [f"{pace.windows_per_s * (window or 1):,.0f}" for _, pace in paces],
+        "bytes/s": [decimal(round(measured.bytes_per_s(pace))) for _, pace in paces],
+    }
+    cells = {"batches": [label for label, _ in paces], **numbers}
+    least = ("number", "seconds", "steps/s")
+    print_table(console, cells, texts=("batches",), right=numbers, least=least, title="how fast")
     if not measured.hot.batches:
         console.print("pages were read until the end: sample for longer, or with a larger cache", highlight=False)
     total = measured.cold.seconds + measured.hot.seconds
@@ -337,11 +340,6 @@ def _that_fit(widths: Mapping[str, int], room: int) -> list[str]:
 def _width(name: str, texts: Sequence[str]) -> int:
     """Of a column of a table, with its border and blanks."""
     return max(len(name), *map(len, texts), 0) + 3
-
-
-def _print_left(console: Console, left: Sequence[str], how: str) -> None:
-    if left:
-        console.print(f"{quantity(len(left), 'more column')}: {', '.join(left)}; {how}", highlight=False)
 
 
 def _few(texts: Sequence[str]) -> str:

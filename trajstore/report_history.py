@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
@@ -23,13 +22,13 @@ from trajstore.edit.vacuum import Vacuumed
 from trajstore.edit.versions import Diff
 from trajstore.format.statistics import Statistics
 from trajstore.stored import Array
+from trajstore.tables import print_table
 
 _SHOWN_FINDINGS = 50
 _SHOWN_IDS = 10
+_MOST_WHOLE = 1e15  # larger ones are printed with an exponent
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 _BYTES = frozenset({"written"})
-_TEXTS = frozenset({"tags", "borrower_url"})  # long ones are folded
-_FOLDED = 16
 
 
 def frame_json(frame: pd.DataFrame) -> Any:
@@ -48,6 +47,8 @@ def print_statistics(console: Console, found: Statistics) -> None:
     frame = found.to_pandas()
     if not frame["nan_count"].any():
         frame = frame.drop(columns="nan_count")
+    for name in ("min", "max"):  # which are exact, other than what was computed from them
+        frame[name] = pd.Series([_whole(value) for value in frame[name]], index=frame.index, dtype=object)
     quantiles = [name for name in map(str, frame.columns) if name.startswith("q")]
     least = ("count", *quantiles[:1], *quantiles[-1:], *quantiles[1:-1])
     print_frame(console, frame, empty="no columns of numbers", least=least)
@@ -62,38 +63,27 @@ def print_frame(console: Console, frame: pd.DataFrame, *, empty: str, least: Seq
         console: Where to print.
         frame: What to print.
         empty: To say instead if it has no rows.
-        least: Columns that give way if there is no room, the first first; they are named below.
+        least: Columns that give way first if there is no room, the first first.
     """
     if not len(frame):
         console.print(empty, highlight=False)
         return
     whole = frame.reset_index()
     cells = {name: [_cell(name, value) for value in whole[name]] for name in map(str, whole.columns)}
-    cells = {name: texts for name, texts in cells.items() if any(texts)}
-    widths = {name: max(len(name), *(_least_width(name, text) for text in texts)) for name, texts in cells.items()}
-    left = []
-    for name in (name for name in least if name in cells):
-        if sum(widths.values()) + 2 * len(widths) - 2 <= console.width:
-            break
-        left.append(name)
-        del widths[name]
-    # Lines between columns, if there is room for them.
-    roomy = sum(widths.values()) + 3 * len(widths) + 1 <= console.width
-    table = Table() if roomy else Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in widths:
-        is_number = name != whole.columns[0] and not any(_is_text(value) for value in whole[name])
-        is_number |= pd.api.types.is_numeric_dtype(whole[name])
-        table.add_column(
-            name.replace("_", " "),
-            justify="right" if is_number else "left",
-            overflow="fold",
-            no_wrap=name not in _TEXTS,
-        )
-    for texts in zip(*(cells[name] for name in widths), strict=True):
-        table.add_row(*map(escape, texts))
-    console.print(table)
-    if left:
-        console.print(f"{quantity(len(left), 'more column')}: {', '.join(left)}; --json shows all", highlight=False)
+    cells = {name: column for name, column in cells.items() if any(column)}
+    texts = {name for name in cells if any(isinstance(value, str) for value in whole[name])}
+    times = {name for name in cells if any(isinstance(value, pd.Timestamp) for value in whole[name])}
+
+    def header(name: str) -> str:
+        return name.replace("_", " ")
+
+    print_table(
+        console,
+        {header(name): column for name, column in cells.items()},
+        texts={header(name) for name in texts},
+        right={header(name) for name in cells if name not in texts | times},
+        least=[header(name) for name in least],
+    )
 
 
 def diff_json(found: Diff) -> dict[str, Any]:
@@ -108,6 +98,8 @@ def print_diff(console: Console, found: Diff) -> None:
         console.print("no difference: the same trajectories, columns and metadata fields")
         return
     table = Table("", "added", "removed")
+    for column in table.columns:
+        column.overflow = "fold"
     table.add_row("trajectories", _ids(found.added), _ids(found.removed))
     for what, added, removed in (
         ("columns", found.added_columns, found.removed_columns),
@@ -174,6 +166,11 @@ def print_verified(console: Console, found: Report) -> None:
     console.print(escape(found.lines()[-1]), highlight=False)
 
 
+def _whole(value: Any) -> Any:
+    """A whole number as an integer, which is printed with all of its digits."""
+    return int(value) if abs(value) < _MOST_WHOLE and int(value) == value else value
+
+
 def _cell(name: str, value: Any) -> str:
     if value is None or value is pd.NaT or (isinstance(value, float) and pd.isna(value)):
         return ""
@@ -186,14 +183,6 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,}"
-
-
-def _least_width(name: str, text: str) -> int:
-    return min(max(map(len, text.split()), default=0), _FOLDED) if name in _TEXTS else len(text)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | pd.Timestamp)
 
 
 def _ids(ids: Array) -> str:

@@ -234,6 +234,15 @@ def test_names_that_cannot_be(url):
         assert store.version == 4
 
 
+def test_old_values_are_not_replaced_by_those_of_another_type(url):
+    with trajstore.open(url, "a") as store:
+        store.add_column("double", double)
+        dtype = store.schema["double"].dtype
+        expected = rf"trajectory \d+: column 'double' is {dtype}, found bool; have the function return {dtype}, or give"
+        with pytest.raises(ColumnTypeError, match=expected):
+            store.add_column("double", lambda t: t["reward"] > 0, replace=True)
+
+
 def test_inputs_that_are_not_there(url):
     with trajstore.open(url, "a") as store:
         with pytest.raises(UnknownColumnError, match="nothing"):

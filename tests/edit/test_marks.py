@@ -76,7 +76,14 @@ def test_a_text_that_cannot_be_a_name_is_refused(store, name):
         untag(disk, name)
 
 
-@pytest.mark.parametrize("name", ["a", "v1", "1a", "2026-11-21", "A.b_c-d", "x" * 200])
+def test_no_tag_is_named_like_the_version_without_a_name(store):
+    disk, history, versions = store
+    for attempt in (lambda: tag(disk, history, "latest", versions[0]), lambda: find_tag(disk, "latest")):
+        with pytest.raises(TagNameError, match=r"'latest': no tag has this name.*leave out the version"):
+            attempt()
+
+
+@pytest.mark.parametrize("name", ["latest-good", "a", "v1", "1a", "2026-11-21", "A.b_c-d", "x" * 200])
 def test_names(name):
     check_tag_name(name)
 

@@ -49,7 +49,10 @@ def test_versions_go_by_number_and_age_and_objects_with_them():
     assert sorted(standing(disk)) == [4, 5], "its own version fences off paused writers"
     assert history_on(disk, clock).load(5).snapshot.operation == "vacuum"
     assert_whole(disk)
-    assert run(disk, clock).versions == (4,)
+    again = run(disk, clock)
+    assert again.versions == (4,)
+    assert str(again).endswith("; 1 version stands")
+    assert str(again).startswith("removed 1 version, 0 manifests, ")
     assert "removed 3 versions, 3 manifests, 3 objects of segments" in str(done)
 
 

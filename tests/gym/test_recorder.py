@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import trajstore
-from trajstore.errors import EnvironmentNotFoundError, TrajstoreError
+from trajstore.errors import EnvironmentNotFoundError, RecordingError, TrajstoreError
 
 gymnasium = pytest.importorskip("gymnasium")
 
@@ -356,3 +356,7 @@ def test_record_episodes_names_what_is_wrong(store: Any) -> None:
         record_episodes("CartPole-v1", store, episodes=0)
     with pytest.raises(ValueError, match="num_envs=0"):
         record_episodes("CartPole-v1", store, episodes=1, num_envs=0)
+    with pytest.raises(ValueError, match="seed=-1, expected at least 0"):
+        record_episodes("CartPole-v1", store, episodes=1, seed=-1)
+    with pytest.raises(RecordingError, match=r"'CartPole-v1' could not be made with foo=3: TypeError"):
+        record_episodes("CartPole-v1", store, episodes=1, make_kwargs={"foo": 3})

@@ -457,6 +457,21 @@ def test_a_table_to_look_at(view):
     assert np.isnan(pooled.loc["obs/state", "q0.5"])
 
 
+def test_ends_are_numbers_to_pandas_unless_these_would_round_them():
+    with trajstore.open("memory://statistics/ends", "a") as store:
+        store.append({"small": np.array([-3e-7, 3e-7]), "whole": np.array([1, 2])})
+        store.append({"small": np.array([0.0]), "whole": np.array([2**53 + 1])})
+        store.flush()
+        table = store.trajectories.first(1).statistics().to_pandas()
+        assert table["min"].dtype == table["max"].dtype == np.float64
+        assert "-3.000000e-07" in str(table["min"])
+        large = store.trajectories.statistics(["whole"]).to_pandas()
+        assert large.loc["whole", "max"] == 2**53 + 1
+        with_floats = store.trajectories.statistics().to_pandas()
+        assert with_floats["max"].dtype == object
+        assert with_floats.loc["whole", "max"] == 2**53 + 1
+
+
 def test_many_values_are_one_row_unless_asked_for():
     with trajstore.open("memory://statistics/wide", "a") as store:
         store.append({"wide": np.arange(40.0).reshape(2, 20)})

@@ -13,7 +13,7 @@ from trajstore.console import out, run
 app = typer.Typer(
     name="trajstore",
     help="Look into, record, combine and edit stores of reinforcement-learning trajectories.\n\n"
-    "A store is a local path, or any URL that fsspec knows: s3://bucket/run, memory://name.",
+    "A store is a local path, or any URL of a bucket that fsspec knows: s3://bucket/run.",
     epilog="Exit status: 0 if all went well; 1 if something went wrong, which standard error then says in one sentence, and "
     "if verify finds errors; 2 if the command was not understood; 130 after Ctrl-C.",
     no_args_is_help=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -150,7 +150,9 @@ def plot(
     show: Annotated[bool, typer.Option("--show", help="Open a window.")] = False,
     trajectory: Annotated[
         Optional[list[int]],  # noqa: UP045
-        typer.Option("--trajectory", "-t", help="Number of a trajectory (see ls), for trajectory and frames."),
+        typer.Option(
+            "--trajectory", "-t", help="Number of a trajectory (see ls), for trajectory; for frames, may be repeated."
+        ),
     ] = None,
     columns: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -158,17 +160,23 @@ def plot(
     ] = None,
     by: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="A metadata field that gives colours, for overview, returns and lengths."),
+        typer.Option(help="A metadata field that gives colours, for overview and returns."),
     ] = None,
     x: Annotated[
-        str,
+        Optional[str],  # noqa: UP045
         typer.Option(
-            help="What returns are drawn over: id, created_at or steps.",
+            help="What returns are drawn over, for overview and returns: id (the default), created_at or steps.",
             autocompletion=offer("id", "created_at", "steps"),
         ),
-    ] = "id",
-    rows: Annotated[int, typer.Option(help="Trajectories, for frames.", min=1, metavar="N")] = 3,
-    frames: Annotated[int, typer.Option(help="Frames of each.", min=1, metavar="N")] = 8,
+    ] = None,
+    rows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Trajectories, for frames. Default: 3.", min=1, metavar="N"),
+    ] = None,
+    frames: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Frames of each, for frames and overview. Default: 8.", min=1, metavar="N"),
+    ] = None,
     where: Where = None,
     version: Version = None,
     storage_option: StorageOption = None,
@@ -178,19 +186,14 @@ def plot(
 
     Example: trajstore plot runs/demo frames -o frames.png
     """
+    from trajstore.plot import check_taken
+
     target = path if path is not None or show else f"{kind}.png"
+    asked = {"by": by, "x": x, "trajectory": trajectory, "columns": columns, "rows": rows, "frames": frames}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value}
+    check_taken(kind, given)
     with opened(url, version, storage_option, base) as store:
         view = store.trajectories.filter(where) if where else store.trajectories
-        view.plot(
-            kind,  # type: ignore[arg-type]
-            by=by,
-            x=x,  # type: ignore[arg-type]
-            trajectory=trajectory or None,
-            columns=columns or None,
-            rows=rows,
-            frames=frames,
-            path=target,
-            show=show,
-        )
+        view.plot(kind, path=target, show=show, **given)  # type: ignore[arg-type]
     if target is not None:
         out.print(f"drawn to {bold(target)}", highlight=False)

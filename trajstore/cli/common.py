@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import trajstore
 from trajstore.console import err
+from trajstore.errors import UnsupportedStorageError
 from trajstore.read.bases import absolute_prefixes
 
 Url = Annotated[str, typer.Argument(help="Where the store is: a path, or s3://bucket/path.", metavar="URL")]
@@ -86,6 +87,19 @@ def open_store(url: str, pairs: list[str] | None, prefixes: list[str] | None, **
     bases = parse_bases(prefixes, pairs)
     for_bases = "://" not in url and any(options is not None for options in bases.values())
     return trajstore.open(url, storage_options={} if for_bases else parse_options(pairs), bases=bases, **knobs)
+
+
+def check_lasting(*urls: str) -> None:
+    """Before a command makes or changes stores: they have to be there when it has ended.
+
+    Raises:
+        UnsupportedStorageError: One would be in the memory of this process.
+    """
+    for url in urls:
+        if url.startswith("memory://"):
+            raise UnsupportedStorageError(
+                f"{url} would be in the memory of this command, and gone when it ends; choose a path, or s3://bucket/path"
+            )
 
 
 def parse_bytes(text: str) -> int:

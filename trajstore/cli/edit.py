@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Optional
 
@@ -17,6 +18,7 @@ from trajstore.cli.common import (
     StorageOption,
     Url,
     Where,
+    check_lasting,
     offer,
     open_store,
     parse_bases,
@@ -46,6 +48,7 @@ AllowUnpinned = Annotated[
 
 def editable(url: str, storage_option: list[str] | None, base: list[str] | None = None) -> trajstore.Store:
     """The store that a command changes; it must be there."""
+    check_lasting(url)
     open_store(url, storage_option, base).close()  # mode "a" would make one
     return open_store(url, storage_option, base, mode="a")
 
@@ -75,6 +78,7 @@ def merge(
 
     Example: trajstore merge runs/rank_0 runs/rank_1 -o runs/all --order interleave
     """
+    check_lasting(target)
     count = trajstore.merge(
         sources,
         target,
@@ -111,7 +115,7 @@ def split(
         Optional[str],  # noqa: UP045
         typer.Option(help="Those for which this holds, into one store, e.g. \"length > 100 and task == 'pick'\"."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of fractions, which are drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of fractions, which are drawn at random.", min=0)] = 0,
     share: Share = "reference",
     allow_unpinned: AllowUnpinned = False,
     as_json: AsJson = False,
@@ -127,10 +131,12 @@ def split(
 
     Example: trajstore split runs/all -o runs/picks --where "task == 'pick'"
     """
-    one_place = first is not None or where is not None
+    one_place = (first is not None or where is not None) and len(targets) == 1
+    places = _one_place(targets[0]) if one_place else parse_places(targets)
+    check_lasting(*([places] if isinstance(places, str) else map(str, places)))
     counts = trajstore.split(
         url,
-        targets[0] if one_place and len(targets) == 1 else parse_places(targets),
+        places,
         first=first,
         where=where,
         seed=seed,
@@ -221,6 +227,10 @@ def tag(
             else:
                 report.print_frame(out, store.tags(), empty="no tags; trajstore tag URL NAME makes one")
         return
+    if remove and (move or version is not None):
+        raise typer.BadParameter(
+            "--remove takes the name away from whichever version has it; leave out --version and --move"
+        )
     with editable(url, storage_option) as store:
         if remove:
             store.untag(name)
@@ -267,7 +277,7 @@ def compact(
     nbytes = parse_bytes(segment_bytes)
     with editable(url, storage_option, base) as store:
         done = store.compact(segment_bytes=nbytes)
-        told = f"nothing to compact in {bold(url)}"
+        told = f"nothing to compact in {bold(url)}{_told_borrowed(store)}"
         if done.segments_before:
             told = (
                 f"{quantity(done.trajectories, 'trajectory')} of {quantity(done.segments_before, 'segment')} are in "
@@ -361,6 +371,21 @@ def parse_places(texts: list[str]) -> str | dict[str | os.PathLike[str], int | f
     return places
 
 
+def _one_place(text: str) -> str:
+    """A ``STORE``, where another option says which part it gets.
+
+    >>> _one_place("runs/lr=0.3/picks"), _one_place("lr=0.3/")
+    ('runs/lr=0.3/picks', 'lr=0.3/')
+    """
+    name = text.rpartition("/")[2]
+    if "=" in name or (name and re.search(r"=.*[=<>]", text)):
+        raise typer.BadParameter(
+            f"{text!r} says which part it gets, and so does --first or --where; leave out one of the two, or name the "
+            f"folder as '{text}/' if the store is called so"
+        )
+    return text
+
+
 def _number(text: str) -> int | float | None:
     try:
         return int(text) if text.strip().isdecimal() else float(text)
@@ -379,6 +404,18 @@ def _say(document: Mapping[str, Any], text: str, as_json: bool) -> None:
 def _tell(counts: Mapping[str, int]) -> None:
     for place, count in counts.items():
         out.print(f"{quantity(count, 'trajectory')} in {bold(place)}", highlight=False)
+
+
+def _told_borrowed(store: trajstore.Store) -> str:
+    """What compact leaves alone, since other stores have it."""
+    segments = {entry.key for entry in store.trajectories.source().selection.table.segments if not entry.is_own}
+    if not segments:
+        return ""
+    lie = "lies" if len(segments) == 1 else "lie"
+    return (
+        f": {quantity(len(segments), 'segment')} {lie} in other stores; compact those and merge them again, or merge them "
+        "with --share copy and compact the result"
+    )
 
 
 def _tell_deleted(store: trajstore.Store, url: str, gone: int, as_json: bool) -> None:

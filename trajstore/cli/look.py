@@ -163,7 +163,7 @@ def sample(
         typer.Option(help="Size of the page cache: 500MB, 8GiB, or a number of bytes. Default: 1GiB."),
     ] = None,
     prefetch: Annotated[int, typer.Option(help="Batches made ahead, by a thread; 0 for none.", min=0)] = 2,
-    seed: Annotated[int, typer.Option(help="Same seed, same batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same batches.", min=0)] = 0,
     version: Version = None,
     as_json: AsJson = False,
     storage_option: StorageOption = None,

@@ -13,7 +13,7 @@ import typer
 
 import trajstore
 from trajstore.buffers.rlinf import export_files, import_directories, merge_or_split
-from trajstore.cli.common import Base, StorageOption, parse_bases, parse_options
+from trajstore.cli.common import Base, StorageOption, check_lasting, parse_bases, parse_options
 from trajstore.console import err, out, quantity
 from trajstore.errors import StoreNotFoundError
 from trajstore.read.bases import refers_to
@@ -59,6 +59,7 @@ def merge_or_split_command(
 
     Example: trajstore rlinf merge-or-split --source-path runs/buffer --save-path runs/merged
     """
+    check_lasting(save_path)
     given = parse_options(storage_option)
     count = merge_or_split(
         source_path,
@@ -90,6 +91,7 @@ def import_command(
 
     Example: trajstore rlinf import logs/replay_buffer runs/replay
     """
+    check_lasting(url)
     given = parse_options(storage_option)
     count = import_directories(source, url, allow_pickle=allow_pickle, storage_options=given, progress=True)
     told = _rollouts(count, url, given)
@@ -109,6 +111,7 @@ def export_command(
 
     Example: trajstore rlinf export runs/replay logs/replay_buffer
     """
+    check_lasting(path)
     given = parse_options(storage_option)
     bases = parse_bases(base, storage_option)
     with trajstore.open(url, storage_options=options_for(url, given), bases=bases) as store:

@@ -22,7 +22,7 @@ import numpy as np
 
 from trajstore.edit.inputs import Inputs, Part, parts_of
 from trajstore.edit.rewrite import rewrite
-from trajstore.errors import CommitError, LengthError, SchemaConflictError, SchemaError, SelectionError
+from trajstore.errors import ColumnTypeError, CommitError, LengthError, SchemaConflictError, SchemaError, SelectionError
 from trajstore.format.manifest import Manifest, SegmentEntry
 from trajstore.format.snapshot import ManifestEntry
 from trajstore.names import check_derived_name
@@ -393,7 +393,14 @@ class _Job:
             return self._first[1]
         result = self._call(columns, row)
         with _TrajectoryNamed(self._inputs.table, row):
-            data = check_rows(self.column, rows_of(self._path, result, self.column))
+            rows = rows_of(self._path, result, self.column)
+            try:
+                data = check_rows(self.column, rows)
+            except ColumnTypeError as error:
+                raise ColumnTypeError(
+                    f"column {self._path!r} is {self.column.dtype}, found {rows.dtype}; have the function return "
+                    f"{self.column.dtype}, or give the column another name"
+                ) from error
             expected = int(self._inputs.table.length[row]) + self.column.extra
             if len(data) != expected:
                 raise _wrong_length(self._path, len(data), str(expected))

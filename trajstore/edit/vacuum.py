@@ -122,13 +122,16 @@ class Vacuumed:
         return (self.manifests + self.segments + self.other).nbytes
 
     def __str__(self) -> str:
-        parts = [f"{len(self.versions)} versions"]
-        for name in ("manifests", "segments", "other"):
-            amount: Amount = getattr(self, name)
-            parts.append(f"{amount.objects} {'objects of segments' if name == 'segments' else name}")
+        parts = [_counted(len(self.versions), "version"), _counted(self.manifests.objects, "manifest")]
+        parts += [f"{_counted(self.segments.objects, 'object')} of segments", f"{self.other.objects} other"]
         told = f"{'would remove' if self.dry_run else 'removed'} {', '.join(parts)}: {self.nbytes:,} bytes"
         young = f"; {self.young.nbytes:,} bytes may go when they are older" if self.young.objects else ""
-        return f"{told}; {self.kept_versions} versions stand{young}"
+        stand = "stands" if self.kept_versions == 1 else "stand"
+        return f"{told}; {_counted(self.kept_versions, 'version')} {stand}{young}"
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 @dataclass(frozen=True)

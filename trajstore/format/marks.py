@@ -14,6 +14,9 @@ from trajstore.format.document import seal, unseal
 from trajstore.format.layout import FORMAT_VERSION
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_RESERVED = (
+    "latest"  # what people call the version that is opened by default, which a tag of this name would not follow
+)
 _UUID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -112,6 +115,11 @@ def check_tag_name(name: str) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.isdigit():
         raise TagNameError(
             f"tag {name!r}: a name has letters, digits, '.', '_' and '-', begins with a letter or digit, and is no number"
+        )
+    if name == _RESERVED:
+        raise TagNameError(
+            f"tag {name!r}: no tag has this name, since the latest version is the one without a name; leave out the version "
+            "to open it, and give a tag another name"
         )
 
 

@@ -157,10 +157,10 @@ class Statistics(Mapping[str, ColumnStatistics]):
         (array([1., 1.]), array([1., 0.]))
         >>> print(stats.to_pandas()[["count", "mean", "min", "max", "q0.5"]].rename_axis(None))
                 count  mean  min  max  q0.5
-        length      1   2.0    2    2   2.0
+        length      1   2.0  2.0  2.0   2.0
         obs[0]      2   1.0  0.0  2.0   1.0
         obs[1]      2   1.0  1.0  1.0   1.0
-        action      2   2.0    1    3   2.0
+        action      2   2.0  1.0  3.0   2.0
     """
 
     columns: Mapping[str, ColumnStatistics]
@@ -202,7 +202,8 @@ class Statistics(Mapping[str, ColumnStatistics]):
 
         Returns:
             Indexed by ``column``: ``obs/state[3]`` is an entry; columns ``count``, ``nan_count``, ``mean``, ``std``,
-            ``min``, one for each quantile, ``max``, of objects where integers and floats meet.
+            ``min``, one for each quantile, ``max``. The ends are float64, or int64 if all are integers; objects if there
+            are integers among them that float64 cannot hold.
         """
         of_trajectories = [self.length] + ([self.reward_sum] if int(self.reward_sum.count) else [])
         parts = [*of_trajectories, *self.columns.values()]
@@ -222,8 +223,10 @@ class Statistics(Mapping[str, ColumnStatistics]):
                 rows.append([*ends[:5], *between, ends[5]])
         columns = ["count", "nan_count", "mean", "std", "min", *(f"q{q:g}" for q in asked), "max"]
         frame = pd.DataFrame(rows, columns=columns, index=pd.Index(names, name="column"))
-        for name in ("min", "max"):  # a float64 column would round large integers
-            frame[name] = pd.Series([row[columns.index(name)] for row in rows], index=frame.index, dtype=object)
+        for name in ("min", "max"):
+            values = [row[columns.index(name)] for row in rows]
+            if any(isinstance(value, int) and int(float(value)) != value for value in values):  # float64 would round it
+                frame[name] = pd.Series(values, index=frame.index, dtype=object)
         return frame
 
     def to_json(self) -> dict[str, Any]:

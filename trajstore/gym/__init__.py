@@ -15,7 +15,7 @@ import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -27,14 +27,11 @@ except ImportError as error:
 from gymnasium.core import ActType, ObsType
 from gymnasium.vector import AutoresetMode
 
-from trajstore.errors import EnvironmentNotFoundError
-from trajstore.gym.recording import Metadata, OnEpisode
+from trajstore.errors import EnvironmentNotFoundError, RecordingError
+from trajstore.gym.recording import Metadata, OnEpisode, Sink
 from trajstore.gym.spaces import SpaceColumns
 from trajstore.gym.wrappers import RecordEnv, RecordVectorEnv
 from trajstore.schema import Column, Schema
-
-if TYPE_CHECKING:
-    from trajstore.store import Store
 
 __all__ = ["RecordEnv", "RecordTrajectories", "RecordVectorEnv", "record_episodes", "schema_of"]
 
@@ -45,7 +42,7 @@ _NAMESPACES = {"ALE": ("ale_py", "trajstore[atari]")}
 @overload
 def RecordTrajectories(
     env: gymnasium.Env[ObsType, ActType],
-    store: Store,
+    store: Sink,
     *,
     metadata: Metadata | None = None,
     info_columns: Sequence[str] = (),
@@ -57,7 +54,7 @@ def RecordTrajectories(
 @overload
 def RecordTrajectories(
     env: gymnasium.vector.VectorEnv[Any, Any, Any],
-    store: Store,
+    store: Sink,
     *,
     metadata: Metadata | None = None,
     info_columns: Sequence[str] = (),
@@ -69,7 +66,7 @@ def RecordTrajectories(
 @overload
 def RecordTrajectories(
     env: gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any],
-    store: Store,
+    store: Sink,
     *,
     metadata: Metadata | None = None,
     info_columns: Sequence[str] = (),
@@ -80,7 +77,7 @@ def RecordTrajectories(
 
 def RecordTrajectories(  # noqa: N802 - wraps like a gymnasium wrapper, and is named like one
     env: gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any],
-    store: Store,
+    store: Sink,
     *,
     metadata: Metadata | None = None,
     info_columns: Sequence[str] = (),
@@ -166,7 +163,7 @@ def schema_of(
 
 def record_episodes(
     env_id: str,
-    store: Store,
+    store: Sink,
     *,
     episodes: int,
     policy: Callable[[Any], Any] | None = None,
@@ -202,12 +199,15 @@ def record_episodes(
     Raises:
         EnvironmentNotFoundError: No environment has this id (the message lists close matches), or it needs a
             package that is not installed.
+        RecordingError: The environment could not be made with these arguments.
         SchemaError: A space that cannot be stored as columns.
-        ValueError: ``episodes`` or ``num_envs`` is less than 1.
+        ValueError: ``episodes`` or ``num_envs`` is less than 1, or ``seed`` less than 0.
     """
     for name, value in (("episodes", episodes), ("num_envs", num_envs)):
         if value < 1:
             raise ValueError(f"{name}={value}, expected at least 1")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed={seed}, expected at least 0, or None to leave it to chance")
     seeds = [None if seed is None else seed + episode for episode in range(episodes)]
     steps = 0
 
@@ -286,4 +286,10 @@ def _made(
     except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         raise EnvironmentNotFoundError(
             f"environment {env_id!r} needs a package that is not installed: {error}"
+        ) from error
+    except Exception as error:  # whatever the environment's own code raises
+        given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items()) or "no options"
+        raise RecordingError(
+            f"environment {env_id!r} could not be made with {given}: {type(error).__name__}: {error}; give the options "
+            "that it takes"
         ) from error

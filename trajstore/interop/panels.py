@@ -6,6 +6,7 @@ there are.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ _BINS = 40
 _MOST_LINES = 6
 _MOST_GROUPS = 5
 _FEW_DOTS = 100
+_LEGEND_WIDTH = 24  # characters
+_LONGEST_NAME = 72  # characters
+_MOST_TICKS = 6  # for which there is room below half a picture
 _MOST_LEVELS = 20  # different integers that still are choices rather than amounts
 
 
@@ -73,18 +77,41 @@ def group_rows(table: pd.DataFrame, by: str | None) -> tuple[Group, ...]:
     numbers = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
     if (numbers or pd.api.types.is_datetime64_any_dtype(values)) and values.nunique() > _MOST_GROUPS:
         ranges = pd.qcut(values, 4, duplicates="drop", precision=2)
-        known = [(f"{one.left} to {one.right}", (ranges == one).to_numpy(bool)) for one in ranges.cat.categories]
+        categories = list(ranges.cat.categories)
+        # pandas begins the first range below the least value, and rounds.
+        ends = [values.min(), *(one.right for one in categories[:-1]), values.max()]
+        known = [
+            (f"{_edge(low)} to {_edge(high)}", (ranges == one).to_numpy(bool))
+            for low, high, one in zip(ends[:-1], ends[1:], categories, strict=True)
+        ]
     else:
         counts = values.value_counts()  # most frequent first
         shown = counts.index[:_MOST_GROUPS]
         ordered = sorted(shown) if numbers else list(shown)
-        known = [(str(one)[:24], (values == one).fillna(False).to_numpy(bool)) for one in ordered]
+        names = _legend_names([str(one) for one in ordered])
+        known = [(name, (values == one).fillna(False).to_numpy(bool)) for name, one in zip(names, ordered, strict=True)]
     groups = [Group(name, _COLOURS[n], rows, by) for n, (name, rows) in enumerate(known)]
     absent = values.isna().to_numpy(bool)
     rest = ~np.logical_or.reduce([absent, *(group.rows for group in groups)])
     if rest.any():
         groups.append(Group(f"{values.nunique() - len(groups)} others", OTHERS, rest, by))
     return (*groups, *([Group("none", "black", absent, by)] if absent.any() else []))
+
+
+def _edge(value: Any) -> str:
+    return str(value) if isinstance(value, pd.Timestamp) else f"{value:.6g}"
+
+
+def _legend_names(texts: Sequence[str]) -> list[str]:
+    r"""In lines for the legend; the middle of very long ones is left out, unless that makes two of them alike.
+
+    >>> _legend_names(["put the red cube into the bowl", "wait"])
+    ['put the red cube into\nthe bowl', 'wait']
+    """
+    half = _LONGEST_NAME // 2
+    short = [text if len(text) <= _LONGEST_NAME else f"{text[:half]}\u2026{text[-half:]}" for text in texts]
+    chosen = short if len(set(short)) == len(texts) else texts
+    return [textwrap.fill(text, _LEGEND_WIDTH) for text in chosen]
 
 
 def draw_returns(
@@ -123,7 +150,7 @@ def draw_returns(
             axes.plot(places[rows[points]], means[points], color=group.colour, linewidth=2, label=name)
     notes = [f"lines: mean of the last {window}"] * (window > 1 and len(groups) > 1)
     notes += [f"dots: every {_ordinal(every)} trajectory"] * (every > 1)
-    notes += [f"{(~known).sum():,} of {len(known):,} have no return"] * bool((~known).any())
+    notes += [f"{(~known).sum():,} of {len(known):,} have no finite return"] * bool((~known).any())
     axes.set_ylabel("return (sum of rewards)")
     axes.set_xlabel(
         {
@@ -137,7 +164,7 @@ def draw_returns(
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     else:
-        axes.xaxis.set_major_locator(_whole_numbers())
+        axes.xaxis.set_major_locator(whole_numbers())
         axes.xaxis.set_major_formatter("{x:,.0f}")
     _legend(axes, groups[0].field)
     _note(axes, "; ".join(notes))
@@ -163,11 +190,11 @@ def draw_histogram(axes: Axes, values: Array, groups: Sequence[Group], *, label:
     )  # fmt: skip
     median = float(np.median(values[known]))
     axes.axvline(median, color="black", linestyle="--", linewidth=1.2, label=f"median {median:.4g}")
-    if whole or bool((values[known] == np.round(values[known])).all()):
-        axes.xaxis.set_major_locator(_whole_numbers())
+    integer = whole or bool((values[known] == np.round(values[known])).all())
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=_MOST_TICKS, integer=integer, steps=[1, 2, 5, 10]))
     axes.set_xlabel(label)
     axes.set_ylabel("trajectories")
-    axes.yaxis.set_major_locator(_whole_numbers())
+    axes.yaxis.set_major_locator(whole_numbers())
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _legend(axes, groups[0].field)
 
@@ -184,6 +211,9 @@ def draw_steps(axes: Axes, values: Any, label: str) -> None:
     array = values if isinstance(values, np.ndarray) else values.float().numpy()
     array = array.reshape(len(array), -1)
     axes.set_ylabel(label)
+    unknown = int((~np.isfinite(array.astype(np.float64)).all(axis=1)).sum())
+    if unknown:
+        axes.set_title(f"NaN or infinite in {unknown:,} of {len(array):,} rows", loc="left", fontsize=8, color=GREY)
     if array.shape[1] > _MOST_LINES:
         _draw_heat(axes, array)
         return
@@ -234,7 +264,7 @@ def _draw_heat(axes: Axes, array: Array) -> None:
     )  # fmt: skip
     axes.figure.colorbar(image, ax=axes, pad=0.01)
     axes.grid(visible=False)
-    axes.yaxis.set_major_locator(_whole_numbers())
+    axes.yaxis.set_major_locator(whole_numbers())
     _note(axes, f"mean of {each} steps each" if each > 1 else "")
 
 
@@ -253,12 +283,13 @@ def _edges(values: Array, whole: bool) -> Array:
     if whole:
         each = max(1, int(np.ceil((high - low + 1) / _BINS)))
         edges: Array = np.arange(low - 0.5, high + each + 0.5, each)
-        pad = 5 if len(edges) < 4 else 0  # one bar alone would fill the panel
+        pad = 1 if len(edges) < 4 else 0  # one bar alone would fill the panel
         return np.concatenate([edges[0] - np.arange(pad, 0, -1), edges, edges[-1] + np.arange(1, pad + 1)])
     return np.linspace(low, high, _BINS + 1)
 
 
-def _whole_numbers() -> MaxNLocator:
+def whole_numbers() -> MaxNLocator:
+    """Ticks at whole numbers only."""
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
