@@ -23,6 +23,7 @@ LAYERS = [
     {"interop"},
     {"trajectory", "follows", "sampling"},
     {"view", "mix", "plot"},
+    {"versioned"},
     {"editing"},
     {"store"},
     {"opening"},
