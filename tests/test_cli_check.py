@@ -1,5 +1,6 @@
 """Commands that look at a store as a whole, as a person types them."""
 
+import json
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import trajstore
+from tests.edit.stores import filled
 from tests.support.commands import done, run
 from trajstore import cli, console
 from trajstore.format import layout
@@ -401,3 +403,18 @@ def test_verify_repairs_a_store_whose_latest_version_is_damaged(url, tmp_path):
     assert "damaged" not in done("versions", copy).out
     with trajstore.open(copy) as store:
         assert (store.version, store.num_trajectories) == (7, 3)
+
+
+def test_info_says_what_is_out_of_reach(tmp_path):
+    for name in "ab":
+        filled(tmp_path / name, [1, 2])
+    trajstore.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all")
+    shutil.rmtree(tmp_path / "a")
+    told = done("info", str(tmp_path / "all")).said
+    assert (
+        f"2 segments cannot be read, and not counted below: {tmp_path / 'all'} refers to segments of the store" in told
+    )
+    assert "say where it is now (trajstore relocate)" in told
+    found = json.loads(done("info", str(tmp_path / "all"), "--json").out)
+    assert found["segments_out_of_reach"] == 2
+    assert len(found["problems"]) == 1

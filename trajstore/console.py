@@ -27,6 +27,7 @@ _PHRASES = (
     (re.compile(r", choose another place, or open with mode='r'"), ", or choose another place"),
     (re.compile(r"pass single_writer=True"), "in Python pass single_writer=True"),
     (re.compile(r"\bstore\.versions\(\) lists"), "trajstore versions lists"),
+    (re.compile(r"\(store\.relocate\)"), "(trajstore relocate)"),
     (re.compile(r"use view\.save\(lineage=False\)"), "in Python use view.save(lineage=False)"),
     (
         re.compile(r"\ba picture of an empty view; choose a view with trajectories in it \(see view\.filter\)"),

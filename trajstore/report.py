@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from trajstore.console import quantity
+from trajstore.console import for_commands, quantity
 from trajstore.edit.health import Health
 from trajstore.feed.measure import Pace, SamplingMeasurement
 from trajstore.read.leases import CacheStats
@@ -51,6 +51,8 @@ def usage_json(store: Store, usage: StoreUsage, health: Health) -> dict[str, Any
         "manifests": usage.manifests,
         "manifest_bytes": usage.manifest_bytes,
         "segment_bytes": usage.segment_bytes,
+        "segments_out_of_reach": usage.out_of_reach,
+        "problems": [str(problem) for problem in usage.problems],
         "schema": store.schema.to_json(),
         "objects": [
             {
@@ -80,6 +82,10 @@ def print_info(console: Console, store: Store, usage: StoreUsage, health: Health
         f"{quantity(usage.manifests, 'manifest')} of {decimal(usage.manifest_bytes)}",
         highlight=False,
     )
+    if usage.out_of_reach:
+        console.print(f"[red]{quantity(usage.out_of_reach, 'segment')} cannot be read, and not counted below:[/red]")
+        for problem in usage.problems:
+            console.print(escape(for_commands(str(problem))), highlight=False)
     if health.compacting_pays:
         console.print(
             f"{health.small_segments:,} of them are small and would fit into {health.compacted_segments:,}, which open and "
