@@ -48,7 +48,7 @@ class Edited(Versioned):
                 else reads or writes.
 
         Returns:
-            The version; without ids there is no new one.
+            The version.
 
         Raises:
             SelectionError: Something else than ids.
@@ -77,12 +77,7 @@ class Edited(Versioned):
         if chosen.size and chosen.dtype.kind not in "iu":
             raise SelectionError(f"ids of dtype {chosen.dtype}, expected integers")
         with self._turns.removing("delete(reclaim=True)") if reclaim else contextlib.nullcontext():
-            writer = self._writing()
-            if chosen.size:
-                version = writer.commit(Delete(np.unique(chosen.astype(np.int64))))
-            else:
-                writer.flush()
-                version = writer.head
+            version = self._writing().commit(Delete(np.unique(chosen.astype(np.int64))))
             if reclaim:
                 self._vacuum(LATEST_ONLY, exclusive=True, progress=False)
         return version.number

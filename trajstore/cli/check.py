@@ -14,6 +14,7 @@ from trajstore.cli.common import (
     Url,
     Version,
     Where,
+    check_lasting,
     offer,
     print_json,
 )
@@ -86,6 +87,8 @@ def verify(
 
     Example: trajstore verify runs/demo --deep
     """
+    if repair:
+        check_lasting(url)
     store = opened(url, None, storage_option, base, past_damage=True)
     if repair:
         store.close()  # mode "a" would make one

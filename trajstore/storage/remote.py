@@ -134,7 +134,7 @@ class RemoteFilesystem(Filesystem):
         """All objects under a prefix."""
         top = self._path(prefix) if prefix else self.root
         with self.errors(prefix):
-            found = self.fs.find(top, detail=True)
+            found = self._find(top)
         for path, info in sorted(found.items()):
             yield ObjectInfo(path[len(self.root) + 1 :], int(info["size"]), _modified(info))
 
@@ -244,6 +244,14 @@ class RemoteFilesystem(Filesystem):
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"
+
+    def _find(self, top: str) -> dict[str, Any]:
+        while True:
+            try:
+                return self.fs.find(top, detail=True)  # type: ignore[no-any-return]
+            except RuntimeError as error:  # fsspec's memory, which another thread wrote to meanwhile
+                if "changed size during iteration" not in str(error):
+                    raise
 
     def _cat(self, requests: Sequence[tuple[str, int | None, int | None]]) -> list[Any]:
         """Bytes or the error of each request; transient failures are tried again."""
