@@ -6,7 +6,8 @@ The checks of types and style come first: the longest of them is then under way 
 import pytest
 from hypothesis import settings
 
-settings.register_profile("trajstore", deadline=None, derandomize=True)
+settings.register_profile("trajstore", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("thorough", deadline=None, derandomize=True, max_examples=400)  # --hypothesis-profile thorough
 settings.load_profile("trajstore")
 
 
