@@ -7,7 +7,9 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("trajstore", deadline=None, derandomize=True, max_examples=40)
-settings.register_profile("thorough", deadline=None, derandomize=True, max_examples=400)  # --hypothesis-profile thorough
+settings.register_profile(
+    "thorough", deadline=None, derandomize=True, max_examples=400
+)  # --hypothesis-profile thorough
 settings.load_profile("trajstore")
 
 
