@@ -7,8 +7,6 @@ same time, one does and the others open it.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 import uuid
 
 from trajstore.errors import (
@@ -125,8 +123,8 @@ def _folders(filesystem: Filesystem) -> list[str]:
     """Names of folders inside a folder; in a bucket, where a listing goes all the way down, only what is likely."""
     if "://" in filesystem.url:
         return ["rank_0", "rank_1"]
-    with contextlib.suppress(OSError), os.scandir(filesystem.url) as entries:
-        return sorted(entry.name for entry in itertools.islice(entries, _MOST_FOLDERS) if entry.is_dir())
+    with contextlib.suppress(StorageError):
+        return filesystem.list_folders()[:_MOST_FOLDERS]
     return []
 
 
