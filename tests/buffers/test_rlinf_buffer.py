@@ -20,6 +20,7 @@ import trajstore
 from tests.buffers.test_rlinf_parity import assert_parity
 from tests.s3.conftest import bucket, options, s3  # noqa: F401 - fixtures
 from tests.support.rlinf_reference import ReferenceBuffer, assert_same, fields, random_trajectory
+from tests.support.threads import wait_for_others
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
 from trajstore.errors import (
     ClosedError,
@@ -168,8 +169,7 @@ class TestLife:
         before = set(threading.enumerate())
         buffer.close(wait=False)
         buffer.clear_cache()
-        for thread in set(threading.enumerate()) - before:
-            thread.join(60)
+        wait_for_others(before)
         with trajstore.open(tmp_path / "run") as store:
             assert len(rollouts.find(store.trajectories).entries) == 20
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import trajstore
 from tests.buffers.transitions import assert_are, filled, transition, transitions
+from tests.support.threads import wait_for_others
 from trajstore.buffers import stored_ring
 from trajstore.buffers.objectrl import ReplayBuffer
 from trajstore.buffers.ring_store import RingStore
@@ -340,8 +341,7 @@ def test_a_ring_that_is_collected_in_another_thread(tmp_path):
         thread.join()
     finally:
         gc.enable()
-    for started in set(threading.enumerate()) - before:
-        started.join()
+    wait_for_others(before)
     with StoredRing(tmp_path / "ring", 100) as ring:
         assert by_age(ring) == list(range(7))
 
