@@ -3,8 +3,15 @@
 The checks of types and style come first: the longest of them is then under way beside other tests, not after them.
 """
 
+import os
+import sys
+
 import pytest
 from hypothesis import settings
+
+# Many tests start interpreters, which would all compile the package anew where the environment forbids to keep bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 settings.register_profile("trajstore", deadline=None, derandomize=True, max_examples=40)
 settings.register_profile(

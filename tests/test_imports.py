@@ -13,7 +13,7 @@ PACKAGE = Path(trajstore.__file__).parent
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    {"errors", "names", "schema", "stored", "values", "progress"},
+    {"errors", "names", "deferred", "schema", "stored", "values", "progress"},
     {"format"},
     {"storage"},
     {"read", "write"},
@@ -179,3 +179,47 @@ def test_importing_starts_no_thread_and_needs_no_extra():
         "assert threading.active_count() == 1, threading.enumerate()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_who_makes_no_batch_waits_for_no_torch(tmp_path):
+    code = """
+import sys
+import numpy as np
+import trajstore
+
+for n in range(2):
+    with trajstore.open(f"{sys.argv[1]}/{n}", mode="x") as store:
+        store.append({"obs": np.zeros((5, 2), np.float32), "action": [1, 2, 3, 4]}, terminated=True, task="pick")
+        with store.begin(task="pick") as episode:
+            for _ in range(3):
+                episode.add(obs=np.ones(2, np.float32), action=1)
+            episode.end(final={"obs": np.ones(2, np.float32)})
+        store.tag("paper")
+trajstore.merge([f"{sys.argv[1]}/0", f"{sys.argv[1]}/1"], f"{sys.argv[1]}/both")
+with trajstore.open(f"{sys.argv[1]}/both", mode="a") as store:
+    store.compact()
+view = trajstore.open(f"{sys.argv[1]}/both").trajectories
+assert view[0]["obs"].shape == (5, 2) and view.read("action").shape == (14,)
+view.filter("task == 'pick'").to_pandas()
+assert trajstore.open(f"{sys.argv[1]}/both").verify(deep=True).ok
+assert "torch" not in sys.modules
+assert trajstore.Loader.__name__ == "Loader" and "torch" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+
+
+def test_commands_that_only_look_wait_for_no_torch(tmp_path):
+    with trajstore.open(tmp_path, mode="a") as store:
+        store.append({"action": [1, 2, 3]}, terminated=True)
+    code = """
+import sys
+sys.argv = ["trajstore", *sys.argv[1:]]
+from trajstore.cli import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules, "torch"
+"""
+    for words in (["--help"], ["info", str(tmp_path)], ["head", str(tmp_path)], ["versions", str(tmp_path)]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

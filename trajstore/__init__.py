@@ -9,6 +9,9 @@ for batch in trajstore.open("runs/demo").trajectories.loader(256, window=16):
     ...
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from trajstore.arrange import merge, split
 from trajstore.edit.compact import Compacted
 from trajstore.edit.findings import Report
@@ -56,8 +59,6 @@ from trajstore.errors import (
     VersionExpiredError,
     VersionNotFoundError,
 )
-from trajstore.feed.loader import Loader, LoaderStats
-from trajstore.feed.normalize import ColumnNormalization, Normalization
 from trajstore.format.statistics import ColumnStatistics, Statistics
 from trajstore.mix import Mix, mix
 from trajstore.opening import open
@@ -70,6 +71,10 @@ from trajstore.trajectory import Trajectory, TrajectoryColumn
 from trajstore.view import View
 from trajstore.write.batch import TrajectoryRef
 from trajstore.write.episode import Episode
+
+if TYPE_CHECKING:
+    from trajstore.feed.loader import Loader, LoaderStats
+    from trajstore.feed.normalize import ColumnNormalization, Normalization
 
 __version__ = "0.1.0"
 
@@ -145,3 +150,21 @@ __all__ = [
     "VersionExpiredError",
     "VersionNotFoundError",
 ]
+
+# What comes with the first batch, and with torch, which takes seconds to import.
+_DEFERRED = {
+    "Loader": "trajstore.feed.loader",
+    "LoaderStats": "trajstore.feed.loader",
+    "Normalization": "trajstore.feed.normalize",
+    "ColumnNormalization": "trajstore.feed.normalize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DEFERRED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_DEFERRED[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_DEFERRED})

@@ -11,17 +11,18 @@ import operator
 import threading
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from trajstore.errors import SelectionError
-from trajstore.feed.loader import Loader
-from trajstore.feed.options import LoaderOptions
-from trajstore.feed.pipeline import PipelineBuilder
 from trajstore.sample.window import Window
 from trajstore.view import View
+
+if TYPE_CHECKING:  # what makes batches is imported with the first of them, and torch with it
+    import torch
+
+    from trajstore.feed.loader import Loader
 
 
 def mix(shares: Mapping[View, float]) -> Mix:
@@ -197,6 +198,10 @@ class Mix:
         Raises:
             SelectionError: As ``View.loader``; columns that differ between views; a batch that cannot be divided.
         """
+        from trajstore.feed.loader import Loader
+        from trajstore.feed.options import LoaderOptions
+        from trajstore.feed.pipeline import PipelineBuilder
+
         if order != "random":
             raise SelectionError(
                 f"order={order!r} in a mix, expected 'random': views of different lengths end at different times, and "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,13 +20,15 @@ from rich.table import Table
 
 from trajstore.console import for_commands, quantity
 from trajstore.edit.health import Health
-from trajstore.feed.measure import Pace, SamplingMeasurement
 from trajstore.read.leases import CacheStats
 from trajstore.read.usage import StoreUsage
 from trajstore.store import Store
 from trajstore.tables import print_left, print_table
 from trajstore.trajectory import Trajectory
 from trajstore.view import View
+
+if TYPE_CHECKING:
+    from trajstore.feed.measure import Pace, SamplingMeasurement
 
 _WIDEST_CELL = 28
 _BRIEF_ENTRIES = 2  # shown of a vector for whose entries there is no room

@@ -8,18 +8,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from trajstore.errors import SelectionError
-from trajstore.feed.agreement import agreed_windows
-from trajstore.feed.loader import Loader
-from trajstore.feed.normalize import Normalize, resolve_normalization
-from trajstore.feed.options import LoaderOptions
-from trajstore.feed.pick import Picker
-from trajstore.feed.pipeline import PipelineBuilder, Samples, Supply
 from trajstore.follows import Follows
 from trajstore.format.statistics import Statistics
 from trajstore.read.access import StoreAccess
@@ -28,6 +21,15 @@ from trajstore.read.selection import Selection
 from trajstore.read.statistics import QUANTILES, view_statistics
 from trajstore.sample.window import Window
 from trajstore.stored import Array
+
+if TYPE_CHECKING:  # what makes batches is imported with the first of them, and torch with it
+    import torch
+
+    from trajstore.feed.loader import Loader
+    from trajstore.feed.normalize import Normalize
+    from trajstore.feed.options import LoaderOptions
+    from trajstore.feed.pick import Picker
+    from trajstore.feed.pipeline import Samples, Supply
 
 
 class Sampled:
@@ -134,6 +136,9 @@ class Sampled:
         Raises:
             IndexRangeError: A trajectory that is not in the view, or a step that it does not have.
         """
+        from trajstore.feed.options import LoaderOptions
+        from trajstore.feed.pick import Picker
+
         self._access.check_open()
         key = (None if columns is None else tuple(columns), None if device is None else str(device))
         picker = self._pickers.get(key)
@@ -174,6 +179,9 @@ class Sampled:
         Returns:
             Nested mapping of tensors ``[n, ...]``.
         """
+        from trajstore.feed.options import LoaderOptions
+        from trajstore.feed.pipeline import PipelineBuilder, Samples
+
         self._access.check_open()
         key = None
         if seed is None and isinstance(anchors, str | None) and isinstance(weights, str | None):
@@ -302,6 +310,12 @@ class Sampled:
             UnknownColumnError: A name that nothing has.
             CacheTooSmallError: The cache cannot hold one window; says how much it takes.
         """
+        from trajstore.feed.agreement import agreed_windows
+        from trajstore.feed.loader import Loader
+        from trajstore.feed.normalize import resolve_normalization
+        from trajstore.feed.options import LoaderOptions
+        from trajstore.feed.pipeline import PipelineBuilder
+
         options = LoaderOptions(
             batch_size,
             window=window,
@@ -342,6 +356,8 @@ class Sampled:
 
     def supply(self, options: LoaderOptions) -> Supply:
         """What the windows of this view are gathered with; for loaders."""
+        from trajstore.feed.pipeline import Supply
+
         self._access.check_open()
         private = options.cache_bytes is not None or options.cache_device is not None
         cache = self._access.cache_for(self._selection.schema)

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from trajstore.deferred import torch
 from trajstore.schema import VARIABLE_DTYPES, Column, physical_dtype
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from trajstore.deferred import is_tensor, torch
 from trajstore.errors import (
     ColumnShapeError,
     ColumnTypeError,
@@ -253,7 +253,7 @@ def rows_of(path: str, value: Any, column: Column | None = None) -> Rows:
         rows = value
     elif isinstance(value, np.ndarray) and value.dtype.kind not in "OUSVMm" and type(value) is np.ndarray:
         rows = _rows_of_array(path, value, weak=False)
-    elif isinstance(value, torch.Tensor):
+    elif is_tensor(value):
         rows = _rows_of_tensor(path, value)
     elif isinstance(value, list | tuple):
         rows = _rows_of_list(path, value, column)
@@ -327,7 +327,7 @@ def _rows_of_objects(path: str, array: Array, column: Column | None) -> Rows:
             return Rows(_string_array(path, items, "string"), "string", ())
         if all(isinstance(item, bytes) for item in items):
             return Rows(_string_array(path, items, "bytes"), "bytes", ())
-        if all(isinstance(item, list | np.ndarray | torch.Tensor) for item in items):
+        if all(isinstance(item, list | np.ndarray) or is_tensor(item) for item in items):
             return _ragged(path, items, column)
     canonical_dtype(np.dtype(object), path=path)
     raise AssertionError("unreachable")  # canonical_dtype refuses object
@@ -339,8 +339,8 @@ def _rows_of_list(path: str, items: Sequence[Any], column: Column | None) -> Row
     if column is not None and column.ragged:
         return _ragged(path, items, column)
     first = items[0]
-    if isinstance(first, torch.Tensor):
-        if not all(isinstance(i, torch.Tensor) and i.dtype == first.dtype for i in items):
+    if is_tensor(first):
+        if not all(is_tensor(i) and i.dtype == first.dtype for i in items):
             raise ColumnTypeError(f"column {path!r} is a list of tensors of several types; give them one dtype")
         if any(i.shape != first.shape for i in items):
             return _ragged(path, items, column)

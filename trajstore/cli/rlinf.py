@@ -12,7 +12,6 @@ from typing import Annotated, Any, Optional
 import typer
 
 import trajstore
-from trajstore.buffers.rlinf import export_files, import_directories, merge_or_split
 from trajstore.cli.common import Base, StorageOption, check_lasting, parse_bases, parse_options
 from trajstore.console import err, out, quantity
 from trajstore.errors import StoreNotFoundError
@@ -59,6 +58,8 @@ def merge_or_split_command(
 
     Example: trajstore rlinf merge-or-split --source-path runs/buffer --save-path runs/merged
     """
+    from trajstore.buffers.rlinf import merge_or_split  # with torch, which takes seconds
+
     check_lasting(save_path)
     given = parse_options(storage_option)
     count = merge_or_split(
@@ -91,6 +92,8 @@ def import_command(
 
     Example: trajstore rlinf import logs/replay_buffer runs/replay
     """
+    from trajstore.buffers.rlinf import import_directories  # with torch, which takes seconds
+
     check_lasting(url)
     given = parse_options(storage_option)
     count = import_directories(source, url, allow_pickle=allow_pickle, storage_options=given, progress=True)
@@ -111,6 +114,8 @@ def export_command(
 
     Example: trajstore rlinf export runs/replay logs/replay_buffer
     """
+    from trajstore.buffers.rlinf import export_files  # with torch, which takes seconds
+
     check_lasting(path)
     given = parse_options(storage_option)
     bases = parse_bases(base, storage_option)

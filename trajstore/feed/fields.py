@@ -6,14 +6,14 @@ Invariant: one value for each trajectory, read once; what a tensor cannot hold i
 from __future__ import annotations
 
 import numpy as np
-import torch
 
+from trajstore.deferred import torch
 from trajstore.errors import SelectionError
 from trajstore.read.selection import Selection
 from trajstore.schema import Schema
 from trajstore.stored import Array
 
-_METADATA_DTYPES = {"bool": torch.bool, "int64": torch.int64, "float64": torch.float64, "timestamp": torch.int64}
+_METADATA_DTYPES = {"bool": "bool", "int64": "int64", "float64": "float64", "timestamp": "int64"}
 
 
 def field_dtype(name: str, schema: Schema) -> torch.dtype:
@@ -22,7 +22,7 @@ def field_dtype(name: str, schema: Schema) -> torch.dtype:
         return torch.bool
     if name in ("step", "trajectory", "source"):
         return torch.int64
-    return _METADATA_DTYPES[schema.metadata[name]]
+    return getattr(torch, _METADATA_DTYPES[schema.metadata[name]])  # type: ignore[no-any-return]
 
 
 def trajectory_values(name: str, selection: Selection) -> Array:

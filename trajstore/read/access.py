@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
-
+from trajstore.deferred import torch
 from trajstore.errors import ClosedError, ForkedError, StoreNotFoundError, UntrustedBaseError
 from trajstore.format.snapshot import Base
 from trajstore.read.bases import Bases, LazyBase
@@ -79,8 +79,8 @@ class StoreAccess:
         self._pid = os.getpid()
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
         self.buffers = BufferPool(_KEPT_BUFFERS)  # of batches whose steps were named
-        # Of all views and loaders of the handle; memory is taken only when a loader says what it needs.
-        self._cache = PageCache(cache_bytes, self.readers, self._fetcher)
+        self._choosing = threading.Lock()
+        self._cache: PageCache | None = None  # of all views and loaders of the handle, from the first of them on
         self._former: list[weakref.ref[PageCache]] = []  # of columns that have other types now
 
     def check_open(self) -> None:
@@ -138,13 +138,16 @@ class StoreAccess:
 
     def cache_for(self, schema: Schema) -> PageCache:
         """The cache of all views whose columns have these types: a store that was cleared may have others."""
-        for cache in (self._cache, *(former() for former in self._former)):
-            if cache is not None and cache.admits(schema):
-                return cache
-        self._former = [former for former in self._former if former() is not None] + [weakref.ref(self._cache)]
-        self._cache = PageCache(self.cache_bytes, self.readers, self._fetcher)
-        self._cache.admits(schema)
-        return self._cache
+        with self._choosing:
+            for cache in (self._cache, *(former() for former in self._former)):
+                if cache is not None and cache.admits(schema):
+                    return cache
+            if self._cache is not None:
+                self._former = [f for f in self._former if f() is not None] + [weakref.ref(self._cache)]
+            # It takes memory only when a loader says what that needs.
+            self._cache = PageCache(self.cache_bytes, self.readers, self._fetcher)
+            self._cache.admits(schema)
+            return self._cache
 
     def private_cache(self, nbytes: int | None, device: torch.device | str | None) -> PageCache:
         """A cache of a loader's own."""

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from trajstore.deferred import torch
 from trajstore.format.statistics import ColumnStatistics, extremes_dtype
 from trajstore.schema import Column
 from trajstore.stored import Array

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from trajstore.deferred import torch
 from trajstore.format import layout
 from trajstore.read.extents import Extents, extent_rows
 from trajstore.schema import Column

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from trajstore.deferred import torch
 from trajstore.errors import CacheTooSmallError
 from trajstore.read.arena import Need, PageGroup
 from trajstore.read.division import Claim, divide

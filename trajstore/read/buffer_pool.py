@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
+
+from trajstore.deferred import torch
 
 _ALIGNMENT = 64  # bytes
 

@@ -18,8 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
+from trajstore.deferred import torch
 from trajstore.errors import CacheTooSmallError, CorruptionError, SchemaError, StorageTimeoutError, TrajstoreError
 from trajstore.format.manifest import SegmentEntry
 from trajstore.read.arena import ABSENT, LOADING, Geometry, Need, PageGroup, with_index

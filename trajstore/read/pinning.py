@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
+from trajstore.deferred import torch
 from trajstore.format.manifest import SegmentEntry
 from trajstore.read.arena import Geometry
 from trajstore.read.cache import PageCache

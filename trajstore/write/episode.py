@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from trajstore.deferred import is_tensor
 from trajstore.errors import (
     ClosedError,
     ColumnShapeError,
@@ -313,7 +313,7 @@ class _ColumnBuffer:
 
 def _with_time_axis(value: Any) -> Any:
     """A value of one step as a sequence of one step."""
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return value[None]
     if isinstance(value, np.ndarray | np.generic):
         array = np.asarray(value)
