@@ -29,7 +29,7 @@ from trajstore.view import View
 
 Place = str | os.PathLike[str]
 Options = Mapping[str, Any] | None
-_OPENED_AT_ONCE = 16
+_OPENED_AT_ONCE = 16  # of stores that answer over a network; others wait for a processor, of which Python uses one
 
 
 def merge(
@@ -199,7 +199,9 @@ def _views(
 ) -> Iterator[list[View]]:
     """All trajectories of each source; stores that are opened for it are closed afterwards."""
     opened: list[Store] = []
-    workers = Workers(_OPENED_AT_ONCE, name="trajstore-open")
+    sources = list(sources)
+    far = any(isinstance(source, str) and "://" in source for source in sources)
+    workers = Workers(_OPENED_AT_ONCE if far else os.cpu_count() or 1, name="trajstore-open")
 
     def view(source: Place | Store | View) -> View:
         if isinstance(source, View):
