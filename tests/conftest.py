@@ -13,7 +13,7 @@ from hypothesis import settings
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-settings.register_profile("trajstore", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile("trajstore", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile(
     "thorough", deadline=None, derandomize=True, max_examples=400
 )  # --hypothesis-profile thorough

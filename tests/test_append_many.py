@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trajstore
+from tests.support.rare import examples
 from tests.support.strategies import bits, columns, trajectory
 from trajstore import Column
 from trajstore.errors import (
@@ -56,7 +57,7 @@ def store():
     lots=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_size=1, max_size=3),
     look=st.booleans(),
 )
-@settings(RELAXED, max_examples=50)
+@settings(RELAXED, max_examples=examples(50))
 def test_equals_appending_one_after_the_other(schema, seed, lots, look):
     rng = np.random.default_rng(seed)
     schema = [replace(c, presence="required") for c in schema]

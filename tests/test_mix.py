@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trajstore
+from tests.support.rare import examples
 from tests.support.recordings import anchors_of, append, assert_same_batch, check_batch, recording_of, view_of
 from trajstore import Column
 
@@ -151,7 +152,7 @@ def test_views_of_one_store_are_drawn_independently(views):
     st.lists(st.floats(1e-6, 1e6) | st.integers(1, 9), min_size=2, max_size=6),
     st.integers(2, 600),
 )
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(deadline=None, derandomize=True, max_examples=examples(300))
 def test_sizes_are_the_shares_by_largest_remainder(shares, batch_size):
     stores = [view_of_nothing() for _ in shares]
     mixture = trajstore.mix(dict(zip(stores, shares, strict=True)))

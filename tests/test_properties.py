@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import trajstore
+from tests.support.rare import examples
 from tests.support.strategies import bits, columns, trajectory
 from trajstore.names import nest
 
@@ -230,5 +231,5 @@ class TwoHandles(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-TwoHandles.TestCase.settings = settings(RELAXED, stateful_step_count=20, max_examples=40)
+TwoHandles.TestCase.settings = settings(RELAXED, stateful_step_count=20, max_examples=examples(40))
 TestTwoHandles = TwoHandles.TestCase

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.rare import examples
 from trajstore import errors
 from trajstore.buffers import advantages_triton
 from trajstore.buffers.advantages import discounted_returns, gae, n_step_returns, vtrace
@@ -157,7 +158,7 @@ def assert_close(found, expected, tolerance=1e-6):
 
 @pytest.mark.parametrize("method", CPU_METHODS)
 @given(rollouts, fractions, fractions)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_gae_is_the_sum_of_the_paper(method, given_rollout, gamma, lam):
     rewards, values, last, dones, truncated, bootstrap = given_rollout
     found = gae(
@@ -180,7 +181,7 @@ def test_gae_is_the_sum_of_the_paper(method, given_rollout, gamma, lam):
 
 @pytest.mark.parametrize("method", CPU_METHODS)
 @given(rollouts, fractions)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_discounted_returns_are_sums_of_discounted_rewards(method, given_rollout, gamma):
     rewards, _, last, dones, truncated, bootstrap = given_rollout
     cut = {"truncated": truncated, "bootstrap_values": bootstrap}
@@ -193,7 +194,7 @@ def test_discounted_returns_are_sums_of_discounted_rewards(method, given_rollout
 
 
 @given(rollouts, fractions, st.integers(1, 25))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_n_step_returns_sum_n_rewards(given_rollout, gamma, n):
     rewards, values, last, dones, truncated, bootstrap = given_rollout
     found = n_step_returns(
@@ -209,7 +210,7 @@ def test_n_step_returns_sum_n_rewards(given_rollout, gamma, n):
 @given(
     rollouts, fractions, fractions, st.sampled_from([0.7, 1.0, None]), st.sampled_from([0.5, 1.0]), st.integers(0, 9)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_vtrace_is_equation_1(method, given_rollout, gamma, lam, rho_bar, c_bar, seed):
     rewards, values, last, dones, truncated, bootstrap = given_rollout
     log_ratios = torch.randn(rewards.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.rare import examples
 from trajstore import errors
 from trajstore.buffers.apexrl import DistillationBuffer, ReplayBuffer
 
@@ -69,7 +70,7 @@ def stored(buffer):
     st.sampled_from([(), (2,)]),
     st.sampled_from([None, (6,), {"mass": (1,)}]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_any_calls_leave_what_a_list_would_hold(capacity, calls, obs_shape, action_shape, critic_shape):
     def make():
         return ReplayBuffer(capacity, obs_shape, action_shape, critic_obs_shape=critic_shape)
@@ -305,7 +306,7 @@ def test_states_that_do_not_fit_change_nothing():
     st.sampled_from([(4,), {"image": (2, 2), "state": (3,)}]),
     st.sampled_from([(), (2,)]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_distillation_holds_what_a_list_would(capacity, calls, obs_shape, action_shape):
     buffer, model, pointer, number = DistillationBuffer(capacity, obs_shape), [], 0, 0
     for call in calls:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trajstore
+from tests.support.rare import examples
 from trajstore import errors
 from trajstore.buffers.apexrl import RolloutBuffer
 
@@ -111,7 +112,7 @@ def page_gae(steps, last_values, gamma, gae_lambda):
     st.integers(0, 2),
     st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_data_are_what_was_added(count, num_envs, obs_shape, privileged_shape, action, room, seed):
     steps = steps_of(count, num_envs, obs_shape, privileged_shape, action, seed=seed)
     buffer = filled(steps, count + room, privileged_obs_shape=privileged_shape)
@@ -237,7 +238,7 @@ def test_to_moves_everything_and_returns_the_buffer():
     st.sampled_from([(2,), {"image": (2, 2), "state": (1,)}]),
     st.integers(0, 2**31),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_episodes_are_split_where_dones_say(count, num_envs, done_rate, with_truncated, computed, obs_shape, seed):
     steps = steps_of(count, num_envs, obs_shape, (3,), seed=seed, done_rate=done_rate)
     buffer = filled(steps, count + 1, num_privileged_obs=3)

@@ -16,6 +16,7 @@ from tensordict import NonTensorData, TensorDict
 
 from tests.buffers.test_ring import ListRing
 from tests.buffers.transitions import assert_are, assert_holds, filled, transition, transitions
+from tests.support.rare import examples
 from trajstore.buffers import stored_ring
 from trajstore.buffers.objectrl import ReplayBuffer
 from trajstore.errors import (
@@ -178,11 +179,19 @@ class StoredBufferMachine(BufferMachine):
 
 TestBufferInMemory = BufferMachine.TestCase
 TestBufferInMemory.settings = settings(
-    max_examples=20, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=examples(20),
+    stateful_step_count=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )
 TestBufferInAStore = StoredBufferMachine.TestCase
 TestBufferInAStore.settings = settings(
-    max_examples=15, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=examples(15),
+    stateful_step_count=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )
 
 

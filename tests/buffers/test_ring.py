@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import trajstore
+from tests.support.rare import examples
 from trajstore.buffers.ring import Ring
 from trajstore.buffers.ring_store import RingStore, chunk_rows
 from trajstore.buffers.rows import RowFormat
@@ -154,7 +155,7 @@ class RingMachine(RuleBasedStateMachine):
 
 
 TestRingMachine = RingMachine.TestCase
-TestRingMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None, derandomize=True)
+TestRingMachine.settings = settings(max_examples=examples(25), stateful_step_count=20, deadline=None, derandomize=True)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.rare import examples
 from tests.support.rlinf_reference import (
     DONE_FIELDS,
     ReferenceBuffer,
@@ -125,7 +126,7 @@ class TestWrittenAndRead:
             assert_holds(directory, [expected[2], expected[0]], ids=[7, 3])
             assert_holds(directory, [], ids=[])
 
-    @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=examples(60), suppress_health_check=list(HealthCheck))
     @given(data=st.data(), trajectory_format=st.sampled_from(FORMATS))
     def test_any_trajectory(self, data: st.DataObject, trajectory_format: str) -> None:
         layout = data.draw(layouts())
@@ -492,7 +493,7 @@ class TestWriting:
 
 
 class TestMergeAndSplit:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=examples(200), deadline=None)
     @given(st.lists(st.lists(st.integers(0, 12), unique=True, max_size=6), min_size=1, max_size=5))
     def test_the_plan_walks_ids_and_then_ranks(self, ids: list[list[int]]) -> None:
         expected = [

@@ -16,6 +16,7 @@ import torch
 
 import trajstore
 from tests.buffers.test_rlinf_parity import assert_parity
+from tests.support.rare import also_slow
 from tests.support.rlinf_reference import ReferenceBuffer, random_trajectory
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
 from trajstore.buffers.rlinf.arrange import merge_or_split
@@ -122,7 +123,9 @@ class TestKeeping:
             buffer.save_checkpoint(tmp_path / "again")
         assert numbers_at(tmp_path / "again") == list(range(130))
 
-    @pytest.mark.parametrize(("window", "added"), [(0, 3), (5, 3), (5, 300), (100, 131)])
+    @pytest.mark.parametrize(
+        ("window", "added"), also_slow([(0, 3), (5, 3), (5, 300), (100, 131)], [(0, 3), (100, 131)])
+    )
     def test_as_many_of_the_newest_as_were_loaded(
         self, checkpoint: Path, form: str, window: int, added: int, tmp_path: Path
     ) -> None:

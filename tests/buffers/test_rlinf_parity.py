@@ -20,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.rare import also_slow, examples
 from tests.support.rlinf_reference import (
     SIMPLE,
     PlainTrajectory,
@@ -34,7 +35,7 @@ from tests.support.rlinf_reference import (
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
 from trajstore.errors import SelectionError
 
-FEW = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=examples(20), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 FORMATS = ["store", "pt", "pkl"]
 # Keywords of both generations; what they keep differs, what they sample does not.
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -83,7 +84,7 @@ def assert_parity(buffer: TrajectoryReplayBuffer, reference: ReferenceBuffer, *,
 
 
 class TestSampling:
-    @settings(FEW, max_examples=40)
+    @settings(FEW, max_examples=examples(40))
     @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)), window=st.sampled_from([0, 1, 2, 3, 100]))
     def test_batches(self, data: st.DataObject, kind: str, window: int) -> None:
         layout = data.draw(layouts())
@@ -314,9 +315,13 @@ class TestCheckpoints:
                 buffer.save_checkpoint(out)
             assert json.loads((out / "trajectory_index.json").read_text())["trajectory_id_list"][-1] == expected
 
-    @pytest.mark.parametrize("checkpoint_format", FORMATS)
-    @pytest.mark.parametrize("ranks", range(1, 8))
-    def test_every_rank(self, tmp_path: Path, checkpoint_format: str, ranks: int) -> None:
+    @pytest.mark.parametrize(
+        ("ranks", "checkpoint_format"),
+        also_slow(
+            itertools.product(range(1, 8), FORMATS), [(ranks, FORMATS[ranks % len(FORMATS)]) for ranks in range(1, 8)]
+        ),
+    )
+    def test_every_rank(self, tmp_path: Path, ranks: int, checkpoint_format: str) -> None:
         made = [random_trajectory(np.random.default_rng(n), T=3 + n % 2, B=1 + n % 3, extra=1) for n in range(5)]
         reference = ReferenceBuffer(seed=21)
         reference.add(made)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import trajstore
 from tests.buffers.transitions import assert_are, filled, transition, transitions
+from tests.support.rare import examples
 from tests.support.threads import wait_for_others
 from trajstore.buffers import stored_ring
 from trajstore.buffers.objectrl import ReplayBuffer
@@ -221,7 +222,7 @@ OPERATIONS = st.lists(
     min_size=4,
     max_size=20,
 )
-FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=examples(10), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @FEW

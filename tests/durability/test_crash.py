@@ -18,7 +18,7 @@ RUNNERS = 2
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills_per_step", [4, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills_per_step", [2, pytest.param(15, marks=pytest.mark.slow)])
 def test_children_killed_in_every_step_of_the_commit_lose_nothing_acknowledged(
     kills_per_step: int, tmp_path: Path
 ) -> None:

@@ -156,11 +156,11 @@ def test_any_part_of_what_was_not_synced_may_survive_too(recorded: _Recorded, tm
         if entry[0] == "acknowledge":
             owed.append(entry[1])
         disk.apply(entry)
-        if rng.random() < 0.25:
+        if rng.random() < 0.15:
             rebuilt.show(disk.lenient(rng))
             _check_left(root, owed)
             opened += 1
-    assert opened > 100
+    assert opened > 60
 
 
 def test_a_store_left_by_a_power_cut_takes_appends_again(recorded: _Recorded, tmp_path: Path) -> None:

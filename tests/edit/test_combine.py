@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import trajstore
 from tests.edit.stores import append, assert_holds, filled, holds, numbers_in, objects_of, segments_of
 from tests.s3.conftest import bucket, options, s3  # noqa: F401 - fixtures
+from tests.support.rare import examples
 from trajstore import Column
 from trajstore.edit.combine import combine, union_schema
 from trajstore.errors import (
@@ -38,7 +39,7 @@ SHARES = ["link", "copy", "reference"]
     share=st.sampled_from(SHARES),
     data=st.data(),
 )
-@settings(RELAXED, max_examples=15)
+@settings(RELAXED, max_examples=examples(15))
 def test_a_combination_is_the_concatenation_in_the_order_asked_for(stores, share, data):
     with tempfile.TemporaryDirectory() as folder:
         opened, sources, expected = [], [], []

@@ -34,6 +34,7 @@ from tests.edit.stores import (
     segments_of,
 )
 from tests.support.faulty import FaultyDisk
+from tests.support.rare import examples
 from trajstore.edit.combine import combine
 from trajstore.edit.compact import Compacted, compact
 from trajstore.edit.transfer import Piece, _slices
@@ -488,7 +489,7 @@ def test_slices_of_pages(widths, page_rows, data):
 
 
 @given(st.data())
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(12), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_history(data):
     """Appends, deletions and compactions in any order, against a list for each version."""
     with tempfile.TemporaryDirectory() as folder, trajstore.open(f"{folder}/s", "a", schema=SCHEMA) as store:

@@ -19,6 +19,7 @@ import trajstore
 from tests.edit.machine import HANDLES, MOST_ROWS, World
 from tests.edit.model import DERIVED, Aged, Model, Row, Version, derive, taken, with_lineage
 from tests.edit.stores import SCHEMA, append, length_of, metadata_of, numbered
+from tests.support.rare import examples
 from trajstore.edit.release import Borrower, release_pins
 from trajstore.edit.vacuum import Keep, vacuum
 from trajstore.errors import CommitError, IndexRangeError, SelectionError, VersionExpiredError, VersionNotFoundError
@@ -491,7 +492,7 @@ class Stores(World):
 
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
-Stores.TestCase.settings = settings(stateful_step_count=20, max_examples=12, **RELAXED)
+Stores.TestCase.settings = settings(stateful_step_count=20, max_examples=examples(12), **RELAXED)
 TestStores = Stores.TestCase
 
 

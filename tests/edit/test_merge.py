@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import trajstore
 from tests.edit.stores import append, filled, objects_of, segments_of
+from tests.support.rare import examples
 from trajstore.errors import (
     ClosedError,
     SchemaConflictError,
@@ -113,7 +114,7 @@ def expected(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @given(data=st.data())
-@settings(RELAXED, max_examples=12)
+@settings(RELAXED, max_examples=examples(12))
 def test_chains_of_merges_and_splits_hold_what_lists_of_the_same_would(data):
     with tempfile.TemporaryDirectory() as folder:
         stores = [made(f"{folder}/{n}", data) for n in range(data.draw(st.integers(1, 3), label="stores"))]

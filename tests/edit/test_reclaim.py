@@ -227,7 +227,7 @@ def _finish(url, shown):
 
 @pytest.mark.parametrize(
     ("action", "every"),
-    [("reclaim", 3), *(pytest.param(action, 1, marks=pytest.mark.slow) for action in ("reclaim", "delete"))],
+    [("reclaim", 5), *(pytest.param(action, 1, marks=pytest.mark.slow) for action in ("reclaim", "delete"))],
 )
 def test_a_process_killed_anywhere_loses_nothing_and_the_next_try_works(tmp_path, action, every):
     old = filled(tmp_path / "old", range(6), per_commit=2)

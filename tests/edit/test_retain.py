@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import trajstore
 from tests.edit.stores import HeldDisk, append, assert_holds, filled, holds, length_of, numbers_in
+from tests.support.rare import examples
 from trajstore.edit.retain import kept_positions, stored_bytes
 from trajstore.errors import SelectionError
 from trajstore.opening import open_on
@@ -64,7 +65,7 @@ LIMITS = {
 
 
 @given(**LIMITS, where=st.sampled_from([None, "length > 2", "task == 'task-1'", "number < 0", "terminated"]))
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=examples(200))
 def test_the_newest_within_all_limits_stay(shelf, where, **limits):
     view = shelf.trajectories
     nbytes = dict(zip(numbers_in(view), bytes_of(shelf), strict=True))

@@ -446,7 +446,7 @@ def test_a_bucket_that_fails_for_ever_from_any_request_on_is_left_as_it_was(smal
 @pytest.mark.parametrize(
     ("action", "every"),
     [
-        ("save by link", 3),
+        ("save by link", 7),
         *(
             pytest.param(f"{how} by {share}", 1, marks=pytest.mark.slow)
             for how in ("save", "replace")

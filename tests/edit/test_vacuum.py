@@ -22,6 +22,7 @@ from tests.edit.histories import (
     stored,
 )
 from tests.edit.memory import MemoryDisk
+from tests.support.rare import examples
 from trajstore.edit.marks import held, pin, tag, unpin, untag
 from trajstore.edit.vacuum import KEPT_VERSIONS, Keep, parse_duration, vacuum
 from trajstore.errors import (
@@ -277,7 +278,7 @@ def test_a_hold_of_an_edit_that_was_killed_goes_with_the_first_vacuum_after_the_
 # Any history
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(data=st.data())
 def test_exactly_what_an_obvious_model_keeps_is_kept(data):
     disk, clock = MemoryDisk(), Clock()

@@ -25,6 +25,7 @@ from tests.edit.histories import (
 from tests.edit.memory import MemoryDisk
 from tests.edit.stepped import draw_some, enumerate_all
 from tests.edit.stores import append, assert_holds, objects_of
+from tests.support.rare import also_slow
 from trajstore.edit import vacuum as module
 from trajstore.edit.marks import farewells, held, pin, tag
 from trajstore.edit.vacuum import Keep, vacuum
@@ -172,7 +173,7 @@ def test_interleavings_of_a_restored_version_and_vacuum(template):
     assert told == {type(None), VersionExpiredError}
 
 
-@pytest.mark.parametrize("days", [1, 3.4, 3.6, 6, 7.1, 30])
+@pytest.mark.parametrize("days", also_slow([1, 3.4, 3.6, 6, 7.1, 30], [3.4, 3.6, 7.1]))
 def test_every_interleaving_of_a_writer_that_is_paused_and_vacuum(template, days):
     """The writer stores, sleeps for days, and commits; the vacuum comes at any moment of that."""
     told = set()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import trajstore
 from tests.support.kinds import every_kind, trajectory_of
+from tests.support.rare import examples
 from tests.support.recordings import (
     METADATA,
     PADS,
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the view holds")
 QUICK = settings(
     deadline=None,
     derandomize=True,
-    max_examples=60,
+    max_examples=examples(60),
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining a failure traces every line, for minutes
     suppress_health_check=list(HealthCheck),
 )
@@ -207,7 +208,7 @@ def check_any_n_step(data):
 
 
 @given(data=st.data())
-@settings(QUICK, max_examples=40)
+@settings(QUICK, max_examples=examples(40))
 def test_n_step_equals_the_reference(data):
     check_any_n_step(data)
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import trajstore
+from tests.support.rare import examples
 from tests.support.recordings import (
     anchors_of,
     assert_same_batch,
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the view holds")
 QUICK = settings(
     deadline=None,
     derandomize=True,
-    max_examples=30,
+    max_examples=examples(30),
     phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining a failure traces every line, for minutes
     suppress_health_check=list(HealthCheck),
 )

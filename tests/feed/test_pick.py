@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import trajstore
 from tests.support.kinds import every_kind, trajectory_of
+from tests.support.rare import examples
 from tests.support.recordings import append, assert_same_batch, recording_of, recordings, view_of, windows
 from tests.support.reference import Recording, reference_batch
 from tests.support.strategies import bits
@@ -44,7 +45,7 @@ def view(recording):
 
 
 @given(recording=recordings(), data=st.data())
-@settings(RELAXED, max_examples=60)
+@settings(RELAXED, max_examples=examples(60))
 def test_any_columns_of_any_steps_in_any_order_equal_the_reference(recording, data):
     options = data.draw(windows(recording).filter(lambda o: "columns" in o and "window" not in o))
     names = options["columns"]

@@ -7,10 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.rare import examples
 from trajstore.read.arena import Geometry, Need, PageGroup
 from trajstore.schema import Column
 
-QUICK = settings(deadline=None, derandomize=True, max_examples=200, suppress_health_check=list(HealthCheck))
+QUICK = settings(deadline=None, derandomize=True, max_examples=examples(200), suppress_health_check=list(HealthCheck))
 
 
 @given(power=st.integers(0, 12), pages=st.integers(2, 40), data=st.data())

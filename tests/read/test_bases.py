@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import trajstore
 from tests.edit.stores import append, assert_holds, filled, holds, segments_of
 from tests.support.faulty import Faults, faulty_bucket
+from tests.support.rare import examples
 from trajstore.errors import CorruptionError, StoreNotFoundError, UntrustedBaseError
 from trajstore.format import layout
 from trajstore.format.snapshot import Base, Snapshot, StoreDocument
@@ -275,7 +276,7 @@ parts = st.lists(st.sampled_from(["a", "b", "..", ".", "", "a..", "::"]), min_si
 
 
 @given(store=parts, base=parts, relative=st.booleans())
-@settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, max_examples=examples(300), suppress_health_check=list(HealthCheck))
 def test_nothing_outside_the_parent_is_ever_opened(store, base, relative):
     own = "/root/" + "/".join(p for p in store if p in ("a", "b")) + "/store"
     parent = os.path.dirname(own)
@@ -289,7 +290,7 @@ def test_nothing_outside_the_parent_is_ever_opened(store, base, relative):
 
 
 @given(folder=parts, to=parts)
-@settings(deadline=None, derandomize=True, max_examples=200, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, max_examples=examples(200), suppress_health_check=list(HealthCheck))
 def test_a_reference_leads_back_to_where_it_was_made_of(folder, to):
     here, there = (["/root", *(p for p in names if p in ("a", "b"))] for names in (folder, to))
     store, other = "/".join([*here, "store"]), "/".join([*there, "other"])

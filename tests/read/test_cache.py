@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trajstore
+from tests.support.rare import examples
 from tests.support.watched import Gate, WatchedDisk
 from trajstore import Column, StorageError
 from trajstore.read.arena import Need
@@ -95,7 +96,7 @@ def long_store(tmp_path_factory):
         max_size=3,
     ),
 )
-@settings(deadline=None, derandomize=True, max_examples=15, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, max_examples=examples(15), suppress_health_check=list(HealthCheck))
 def test_the_arenas_never_take_more_than_the_cache_s_bytes(long_store, nbytes, loaders):
     disk = WatchedDisk(long_store)
     with disk.open(nbytes) as store:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.rare import examples
 from trajstore.read.division import Claim, divide
 
-QUICK = settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=list(HealthCheck))
+QUICK = settings(deadline=None, derandomize=True, max_examples=examples(300), suppress_health_check=list(HealthCheck))
 
 CLAIMS = st.lists(
     st.builds(

@@ -7,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.support.rare import examples
 from trajstore.read.extents import Extents, extent_rows
 
-QUICK = settings(deadline=None, derandomize=True, max_examples=80, suppress_health_check=list(HealthCheck))
+QUICK = settings(deadline=None, derandomize=True, max_examples=examples(80), suppress_health_check=list(HealthCheck))
 
 
 @st.composite

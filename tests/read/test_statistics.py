@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import trajstore
+from tests.support.rare import examples
 from trajstore import Column, CorruptionError, SelectionError, UnknownColumnError
 from trajstore.format import layout
 from trajstore.format.schemas import validate
@@ -108,7 +109,7 @@ def columns_of_rows(draw):
     return Column(path="x", dtype=dtype, shape=shape), rows, list(itertools.pairwise(cuts))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(columns_of_rows(), st.booleans())
 def test_any_column_in_any_parts_is_what_numpy_says(made, as_moments):
     column, rows, parts = made

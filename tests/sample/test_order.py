@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sample.chi_square import chi_square_bound, chi_square_of
+from tests.support.rare import examples
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.sample.order import Order, RandomOrder, SequentialOrder, ShuffleOrder, WeightedOrder
 from trajstore.sample.permutation import KeyedPermutation
@@ -146,7 +147,7 @@ def test_known_batches() -> None:
     blocks_together=st.integers(1, 12),
     seed=st.integers(0, 2**64),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_each_anchor_once_per_epoch(
     count: int, batch_size: int, epochs: int, drop_last: bool, block: int | None, blocks_together: int, seed: int
 ) -> None:
@@ -177,7 +178,7 @@ def test_each_anchor_once_per_epoch(
 @given(
     count=st.integers(1, 300), block=st.integers(1, 320), blocks_together=st.integers(1, 12), epoch=st.integers(0, 5)
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_blocks_are_permuted_and_runs_shuffled(count: int, block: int, blocks_together: int, epoch: int) -> None:
     """The order equals what its description says, block by block in plain lists."""
     order = shuffle(count, batch_size=count, seed=9, block=block, blocks_together=blocks_together)
@@ -192,7 +193,7 @@ def test_blocks_are_permuted_and_runs_shuffled(count: int, block: int, blocks_to
 
 
 @given(count=st.integers(1, 200), batch_size=st.integers(1, 40), epochs=st.integers(1, 3), drop_last=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_sequential(count: int, batch_size: int, epochs: int, drop_last: bool) -> None:
     expected = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
     if drop_last:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sample.chi_square import chi_square_bound, chi_square_of
+from tests.support.rare import examples
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.sample.permutation import MAX_COUNT, KeyedPermutation
 
@@ -50,7 +51,7 @@ def reference(count: int, key: list[int], position: int) -> int:
 
 
 @given(st.integers(1, 9000), st.integers(-(2**70), 2**70), st.integers(0, 10))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_bijection(count: int, seed: int, epoch: int) -> None:
     permutation = KeyedPermutation(count, seed, epoch)
     images = permutation(np.arange(count))
@@ -73,7 +74,7 @@ def test_bijection_under_every_key(count: int) -> None:
 @given(
     st.sampled_from([1, 2, 3, 7, 63, 64, 1000, 4095, 4096, 65537, 346_000_000, 2**40 + 7, 10**15, MAX_COUNT]), st.data()
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_equals_plain_integers(count: int, data: st.DataObject) -> None:
     key = data.draw(st.lists(st.integers(-(2**63), 2**64 - 1), min_size=0, max_size=3))
     positions = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=8))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.rare import examples
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.sample.priority import PrioritySampler
 
@@ -71,7 +72,7 @@ def chi_square(drawn: Any, expected: Any) -> float:
     return float((((drawn - expected) ** 2)[alive] / expected[alive]).sum())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=True)
 @given(data=st.data(), alpha=st.sampled_from([0.0, 0.6, 1.0]), beta=st.sampled_from([0.0, 0.4, 1.0]))
 def test_against_lists(data: st.DataObject, alpha: float, beta: float) -> None:
     counts = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=8))
@@ -260,7 +261,7 @@ def held_by(sampler: PrioritySampler) -> list[int]:
     return sorted(set(sampler.draw(0, size * 8)[0].tolist())) if size else []
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(40), deadline=None, derandomize=True)
 @given(additions=st.lists(st.lists(st.integers(0, 7), max_size=5), min_size=1, max_size=6), world=st.integers(1, 4))
 def test_ranks_share_the_anchors(additions: list[list[int]], world: int) -> None:
     ranks = [make(additions[0], rank=rank, world_size=world) for rank in range(world)]

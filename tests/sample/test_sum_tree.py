@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.support.rare import examples
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.sample import sum_tree
 from trajstore.sample.sum_tree import FAN_OUT, MAX_MASS, SumTree
@@ -97,7 +98,9 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.tree.smallest == min((mass for mass in self.masses if mass > 0), default=np.inf)
 
 
-TreeMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=15, deadline=None, derandomize=True)
+TreeMachine.TestCase.settings = settings(
+    max_examples=examples(20), stateful_step_count=15, deadline=None, derandomize=True
+)
 TestTree = TreeMachine.TestCase
 
 
@@ -113,7 +116,7 @@ def test_sample_is_the_running_sum_at_every_size(size: int, count: int) -> None:
 
 
 @small_levels
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), deadline=None, derandomize=True)
 @given(
     masses=st.lists(st.just(0.0) | st.floats(1e-300, 1e280) | st.floats(1e-3, 1e3), min_size=1, max_size=400),
     count=st.integers(1, 50),

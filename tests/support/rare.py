@@ -1,0 +1,20 @@
+"""What the test command of the README runs of long searches; the rest is marked ``slow``, or comes with a profile."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+_PER_PROPERTY = 100  # examples of a profile that gives a property as many as it asks for
+_LEAST = 6
+
+
+def also_slow(values: Iterable[Any], often: Collection[Any]) -> list[Any]:
+    """Parameters of a test, of which those that are not in ``often`` are ``slow``."""
+    return [value if value in often else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def examples(number: int) -> int:
+    """How many examples a property gets that deserves ``number`` of them, under the profile that is chosen."""
+    return max(min(number, _LEAST), number * settings.default.max_examples // _PER_PROPERTY)
