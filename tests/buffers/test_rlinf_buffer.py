@@ -19,6 +19,7 @@ import torch
 import trajstore
 from tests.buffers.test_rlinf_parity import assert_parity
 from tests.s3.conftest import bucket, options, s3  # noqa: F401 - fixtures
+from tests.support.rare import also_slow
 from tests.support.rlinf_reference import ReferenceBuffer, assert_same, fields, random_trajectory
 from tests.support.threads import wait_for_others
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
@@ -379,7 +380,7 @@ class TestCheckpoints:
             assert_parity(buffer, reference_of(made(2), seed=9, sample_window_size=2))
 
 
-@pytest.fixture(params=["disk", "memory", "s3"])
+@pytest.fixture(params=also_slow(["disk", "memory", "s3"], ["disk", "s3"]))
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Callable[[str], str], dict[str, Any]]]:
     """The URL of a name, and keywords that its storage needs."""
     if request.param == "disk":

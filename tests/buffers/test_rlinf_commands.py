@@ -20,6 +20,7 @@ import torch
 import trajstore
 from tests.buffers.test_rlinf_parity import assert_parity
 from tests.s3.conftest import bucket, options, s3  # noqa: F401 - fixtures
+from tests.support.rare import also_slow
 from tests.support.rlinf_reference import SIMPLE, ReferenceBuffer, random_trajectory
 from tests.support.s3_server import KEY, SECRET
 from trajstore import cli, console
@@ -280,7 +281,7 @@ class TestMergeOrSplit:
 
 
 class TestImportAndExport:
-    @pytest.mark.parametrize("form", ["pt", "pkl"])
+    @pytest.mark.parametrize("form", also_slow(["pt", "pkl"], ["pt"]))
     def test_there_and_back(
         self, run: Callable[..., str], place: tuple[Callable[[str], str], list[str]], tmp_path: Path, form: str
     ) -> None:

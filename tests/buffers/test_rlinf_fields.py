@@ -12,6 +12,7 @@ import torch
 
 from tests.buffers.test_rlinf_buffer import reference_of
 from tests.buffers.test_rlinf_parity import assert_parity
+from tests.support.rare import also_slow
 from tests.support.rlinf_reference import assert_same, fields
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
 
@@ -142,7 +143,7 @@ def stepping(number: int = 0, **more: Any) -> Trajectory:
 @pytest.mark.parametrize(
     "name", ["seed", "env", "rest", "trajectory_id", "rollout_steps", "rollout_envs", "next_curr_obs", "Seed", "~73eed"]
 )
-@pytest.mark.parametrize("kind", ["tensor", "tensors", "number"])
+@pytest.mark.parametrize("kind", also_slow(["tensor", "tensors", "number"], ["tensors", "number"]))
 def test_fields_that_the_store_has_its_own_use_for(tmp_path: Path, name: str, kind: str) -> None:
     kinds = {"tensor": torch.arange(12.0).view(6, 2), "number": 7}
     value = kinds.get(kind, {"states": torch.arange(12.0).view(6, 2, 1), name: torch.ones(6, 2)})

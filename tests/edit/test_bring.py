@@ -26,6 +26,7 @@ from tests.edit.memory import MemoryDisk
 from tests.edit.stepped import Stepped, draw_some
 from tests.edit.stores import append as append_number
 from tests.edit.stores import filled, holds, numbers_in, segments_of
+from tests.support.rare import also_slow
 from trajstore.edit import combine as module
 from trajstore.edit.combine import Source, combine
 from trajstore.edit.needed import own_segments
@@ -121,7 +122,7 @@ def rows_of(disk: MemoryDisk, version) -> list[tuple[bytes, bytes]]:
     return list(zip(table.full["uuid"].to_pylist(), bytes_, strict=True))
 
 
-@pytest.mark.parametrize("still", [0, 2, 3])
+@pytest.mark.parametrize("still", also_slow([0, 2, 3], [0, 3]))
 @pytest.mark.parametrize("other", ["vacuum", "drop_and_vacuum"])
 def test_what_is_brought_is_there_whatever_a_vacuum_and_another_writer_do_meanwhile(still, other):
     brought = set()

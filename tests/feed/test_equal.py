@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import trajstore
 from tests.support.kinds import every_kind, trajectory_of
-from tests.support.rare import examples
+from tests.support.rare import also_slow, examples
 from tests.support.recordings import (
     METADATA,
     PADS,
@@ -113,7 +113,9 @@ def kinds():
 
 
 @pytest.mark.parametrize("pad", PADS)
-@pytest.mark.parametrize("window", [None, 3, [-2, 0, 1]], ids=["steps", "window", "offsets"])
+@pytest.mark.parametrize(
+    "window", [pytest.param(None, marks=pytest.mark.slow), 3, [-2, 0, 1]], ids=["steps", "window", "offsets"]
+)
 def test_every_kind_of_column(kinds, window, pad):
     recording, view = kinds
     names = ["steps", "states", *VIRTUAL, *METADATA]
@@ -148,7 +150,7 @@ def test_the_default_cache_takes_columns_of_one_byte():
 
 
 @pytest.mark.parametrize("window", [1, 2, 4])
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("batch_size", also_slow([1, 7, 64], [1, 64]))
 def test_the_least_cache_that_the_error_names_is_enough_and_one_byte_less_is_not(window, batch_size):
     schema = [
         Column(path="image", dtype="uint8", shape=(8, 8), extra=1, page_rows=2),

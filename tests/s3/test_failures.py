@@ -196,15 +196,15 @@ class TestTrouble:
     def test_at_any_put_of_a_commit_costs_nothing(self, s3, open_store, impatient, trouble):
         spoilt = 0
         with open_store("x", storage_options=impatient) as store:
-            for n in itertools.count():
+            for n in itertools.count(list(TROUBLES).index(trouble) % 2, 2):
                 store._history._hinted_at = float("-inf")  # each commit writes the hint, so each has the same PUTs
                 with s3.recording() as log, s3.failing(nth_put(n, TROUBLES[trouble])):
-                    store.append({"reward": np.array([float(n)])})
+                    store.append({"reward": np.array([float(spoilt)])})
                     store.flush()
                 if log.by_method()["PUT"] <= n:
                     break
                 spoilt += 1
-        assert spoilt >= 6
+        assert spoilt >= 3
         with open_store() as store:
             assert store.version == spoilt + 1
             np.testing.assert_array_equal(store.trajectories.read("reward"), np.arange(spoilt + 1.0))

@@ -333,7 +333,7 @@ def test_epochs_differ() -> None:
 def test_each_anchor_comes_first_equally_often(options: dict[str, int]) -> None:
     """Over epochs, except that a short block is as likely as a whole one to come first: 12 anchors, blocks of up to 5."""
     order = shuffle(12, batch_size=12, seed=8, **options)
-    first = np.array([order.draw(epoch)[0] for epoch in range(6000)])
+    first = np.array([order.draw(epoch)[0] for epoch in range(3000)])
     weights = np.ones(12)
     if options == {"block": 5, "blocks_together": 2}:
         # Runs of two of the blocks 5, 5, 2: any pair comes first equally often, then an anchor of it uniformly.

@@ -11,8 +11,12 @@ _LEAST = 6
 
 
 def also_slow(values: Iterable[Any], often: Collection[Any]) -> list[Any]:
-    """Parameters of a test, of which those that are not in ``often`` are ``slow``."""
-    return [value if value in often else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Parameters of a test, of which those that are not in ``often`` are ``slow``; a tuple is one of several arguments."""
+
+    def slow(value: Any) -> Any:
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+    return [value if value in often else slow(value) for value in values]
 
 
 def examples(number: int) -> int:
