@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +188,26 @@ def test_short_columns_take_little(tmp_path):
         assert sum(len(batch["action"]) for batch in loader) == sum(lengths)
         stats = loader.stats().cache
     assert nbytes <= stats.used_bytes <= 2.2 * nbytes
+
+
+def test_short_segments_of_a_small_column_stay_whole_beside_a_large_one(tmp_path):
+    """Their only pages are as long as they are, and extents are powers of two: 4 x 1,100 rows take 4 x 2,048."""
+    schema = [
+        Column(path="image", dtype="uint8", shape=(4096,), page_rows=2),
+        Column(path="reward", dtype="float32", shape=(1,)),
+    ]
+    with trajstore.open(tmp_path / "s", "x", schema=schema) as store:
+        for number in range(4):
+            store.append(
+                {"image": np.full((1100, 4096), number, np.uint8), "reward": np.full((1100, 1), number, np.float32)}
+            )
+            store.flush()
+    with trajstore.open(tmp_path / "s") as store, store.trajectories.loader(128, cache_bytes=4 << 20) as loader:
+        for _ in range(10):
+            batch = next(loader)
+            assert torch.equal(batch["image"][:, :1].float(), batch["reward"])
+        stats = loader.stats().cache
+    assert stats.pages_read <= 4 + 10 * 128, "no batch was made in parts, each of which reads the small pages anew"
 
 
 # Leases

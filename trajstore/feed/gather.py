@@ -450,7 +450,7 @@ class Gatherer:
         """Rows that all segments of the selection take in an arena, about."""
         entries = [self.selection.table.segments[n] for n in self.selection.segments.tolist()]
         whole = [e.steps + (e.trajectories if extra else 0) for e in entries if e.pages_sha256]  # not what still grows
-        return sum(extent_rows(n) if n < page_rows else -(-n // page_rows) * page_rows for n in whole)
+        return sum(extent_rows(n) if n <= page_rows else -(-n // page_rows) * extent_rows(page_rows) for n in whole)
 
     def _page_rows(self, name: str) -> int:
         """Rows of a group's pages in the longest segment."""
