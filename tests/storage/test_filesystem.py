@@ -382,6 +382,34 @@ class TestLocalFilesystem(FilesystemConformance):
         assert not filesystem.create("snapshots/1", b"y")
         assert filesystem.read("snapshots/1") == b"x"
 
+    def test_folders_above_are_synced_once_for_stores_that_were_there_and_again_for_later_ones(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        synced: list[str] = []
+        original = LocalFilesystem._fsync_directory
+
+        def noted(filesystem: LocalFilesystem, path: str) -> None:
+            original(filesystem, path)
+            synced.append(path)
+
+        monkeypatch.setattr(LocalFilesystem, "_fsync_directory", noted)
+        above = tmp_path / "stores"
+        for name in ("a", "b"):
+            (above / name).mkdir(parents=True)
+        first, second = LocalFilesystem(str(above / "a")), LocalFilesystem(str(above / "b"))
+
+        def syncs_above(filesystem: LocalFilesystem) -> int:
+            synced.clear()
+            filesystem.create("pins/1", b"x")
+            assert filesystem.root in synced
+            return synced.count(str(above))
+
+        assert [syncs_above(one) for one in (first, second)] == [1, 0]
+        assert syncs_above(LocalFilesystem(str(above / "b"))) == 1, "nobody has synced since this one found it"
+        assert syncs_above(LocalFilesystem(str(above / "c"))) >= 1, "its own name is new"
+        for filesystem in (first, second):
+            filesystem.close()
+
     def test_an_object_is_never_written_over(self, filesystem: LocalFilesystem) -> None:
         filesystem.store({"a": [b"1"]})
         with pytest.raises(StorageError, match="a in"):

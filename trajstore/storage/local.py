@@ -12,6 +12,7 @@ import ctypes
 import datetime as dt
 import errno
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -34,6 +35,9 @@ _OPEN_TOGETHER = 256  # files that are written before they are synced; a process
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+# When the last sync of a folder above some store began, of those that are done: it made durable what was there by then.
+_synced_above: dict[str, float] = {}
+_MOST_SYNCED_ABOVE = 4096
 _NO_RENAME_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
@@ -61,6 +65,7 @@ class LocalFilesystem(Filesystem):
         self._known_directories: set[str] = set()
         self._synced_in_root: set[str] = set()
         self._ancestors_synced = False
+        self._there_since = time.monotonic() if os.path.isdir(root) else None
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """Whole objects; None for one that is not there."""
@@ -327,6 +332,7 @@ class LocalFilesystem(Filesystem):
                 self._make_directory(path)
             if len(path) <= len(self.root):
                 self._fsync_directory(os.path.dirname(path))
+                self._there_since = time.monotonic()
         if len(self._known_directories) > 4096:  # every segment has folders of its own
             self._known_directories.clear()
         self._known_directories.add(folder)
@@ -401,8 +407,14 @@ class LocalFilesystem(Filesystem):
 
     def _sync_ancestor(self, path: str) -> None:
         # Whoever made the folders above may have been killed before they were synced. Those of other users exist already.
+        if self._there_since is not None and _synced_above.get(path, 0.0) > self._there_since:
+            return  # for a store beside this one, when this one was there
+        began = time.monotonic()
         with self.errors(path), contextlib.suppress(PermissionError):
             self._fsync_directory(path)
+        if len(_synced_above) >= _MOST_SYNCED_ABOVE:
+            _synced_above.clear()
+        _synced_above[path] = began
 
     # One method per system call that changes the disk: a test records them and cuts the power after each.
 
