@@ -400,7 +400,7 @@ class TestLocalFilesystem(FilesystemConformance):
 
         def syncs_above(filesystem: LocalFilesystem) -> int:
             synced.clear()
-            filesystem.create("pins/1", b"x")
+            filesystem.create(f"pins/{uuid.uuid4().hex}", b"x")
             assert filesystem.root in synced
             return synced.count(str(above))
 
