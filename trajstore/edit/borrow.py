@@ -18,7 +18,7 @@ from trajstore.format import layout
 from trajstore.format.marks import Pin
 from trajstore.format.snapshot import Base, Snapshot
 from trajstore.read.bases import reference
-from trajstore.storage.commit import History, Version
+from trajstore.storage.commit import History, Named, Version, VersionName
 from trajstore.storage.filesystem import Filesystem
 from trajstore.storage.workers import Workers
 
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _STORES_AT_ONCE = 16
+_DISKS_AT_ONCE = 4  # a disk answers soon, and of threads that do not wait Python runs one at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class Loan:
         numbers: For each segment, which of these it is in: the number of its base.
     """
 
-    versions: tuple[tuple[Owner, Version | None], ...]
+    versions: tuple[tuple[Owner, Named | None], ...]
     numbers: dict[str, int]
 
 
@@ -114,9 +115,10 @@ def find_loan(owners: Mapping[str, Owner], pins: Pins) -> Loan:
     for name, owner in owners.items():
         by_key.setdefault(owner.key, owner)
         segments.setdefault(owner.key, []).append(name)
-    found = in_each(lambda key: _version_of(by_key[key], segments[key], pins), by_key)
+    at_once = stores_at_once(owner.filesystem for owner in by_key.values())
+    found = in_each(lambda key: _version_of(by_key[key], segments[key], pins), by_key, at_once)
     known: dict[tuple[str, str, int | None], int] = {}
-    versions: list[tuple[Owner, Version | None]] = []
+    versions: list[tuple[Owner, Named | None]] = []
     numbers: dict[str, int] = {}
     for (key, owner), version in zip(by_key.items(), found, strict=True):
         number = known.setdefault((*key[:2], version.number if version else None), len(versions))
@@ -141,19 +143,20 @@ def borrow(loan: Loan, target: Filesystem, target_uuid: str, pins: Pins, borrowe
         VersionExpiredError: Vacuum was faster.
     """
 
-    def pinned(pair: tuple[Owner, Version | None]) -> Pin | None:
+    def pinned(pair: tuple[Owner, Named | None]) -> Pin | None:
         owner, version = pair
         made = None if version is None else _pin(owner, version, target, target_uuid, pins)
         if made is not None:
             borrowed.pins.append((owner.filesystem, made))
         return made
 
-    for (owner, _), made in zip(loan.versions, in_each(pinned, loan.versions), strict=True):
+    at_once = stores_at_once(owner.filesystem for owner, _ in loan.versions)
+    for (owner, _), made in zip(loan.versions, in_each(pinned, loan.versions, at_once), strict=True):
         url = reference(owner.filesystem.url, seen_from=target.url)
         borrowed.bases.append(Base(url, owner.store_uuid, made.uuid if made else None))
 
 
-def _pin(owner: Owner, version: Version, target: Filesystem, target_uuid: str, pins: Pins) -> Pin | None:
+def _pin(owner: Owner, version: Named, target: Filesystem, target_uuid: str, pins: Pins) -> Pin | None:
     try:
         return pin(
             owner.filesystem,
@@ -173,7 +176,7 @@ def _pin(owner: Owner, version: Version, target: Filesystem, target_uuid: str, p
         ) from error
 
 
-def _version_of(owner: Owner, segments: Collection[str], pins: Pins) -> Version | None:
+def _version_of(owner: Owner, segments: Collection[str], pins: Pins) -> Named | None:
     """The version to pin; None for none.
 
     Raises:
@@ -193,18 +196,18 @@ def _version_of(owner: Owner, segments: Collection[str], pins: Pins) -> Version 
     return found or None
 
 
-def _version_pinned(owner: Owner, history: History, pin_uuid: str) -> Version | None:
+def _version_pinned(owner: Owner, history: History, pin_uuid: str) -> Named | None:
     """What another store's pin keeps, or None if the pin is not there."""
     key = layout.pin_key(pin_uuid)
     data = owner.filesystem.read(key)
     if data is None:
         return None
     found = Pin.from_bytes(data, key=f"{key} in {owner.filesystem.description}")
+    version = VersionName(found.version, found.snapshot_sha256)
     try:
-        version = history.load(found.version)
+        return version if history.holds(version) else None
     except VersionExpiredError:
         return None
-    return version if version.sha256 == found.snapshot_sha256 else None
 
 
 def _latest_with(owner: Owner, history: History, segments: Collection[str]) -> Version | None:
@@ -230,9 +233,14 @@ def _segments_named(history: History, snapshot: Snapshot, known: dict[str, froze
     yield from (known[entry.path] for entry in snapshot.manifests if not entry.deleted)
 
 
-def in_each(function: Callable[..., T], items: Iterable[object]) -> list[T]:
-    """``[function(item) for item in items]``, at the same time: each waits for another store."""
-    workers = Workers(_STORES_AT_ONCE, name="trajstore-borrow")
+def stores_at_once(filesystems: Iterable[Filesystem]) -> int:
+    """How many of these stores to wait for at a time."""
+    return _STORES_AT_ONCE if any(one.overlaps_reads for one in filesystems) else _DISKS_AT_ONCE
+
+
+def in_each(function: Callable[..., T], items: Iterable[object], at_once: int = _STORES_AT_ONCE) -> list[T]:
+    """``[function(item) for item in items]``, ``at_once`` at the same time: each waits for another store."""
+    workers = Workers(at_once, name="trajstore-borrow")
     try:
         return workers.map(function, items)
     finally:

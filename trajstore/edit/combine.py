@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from trajstore.edit.borrow import Borrowed, Owner, Pins, borrow, find_loan, in_each
+from trajstore.edit.borrow import Borrowed, Owner, Pins, borrow, find_loan, in_each, stores_at_once
 from trajstore.edit.bring import Brought, Instead, find_objects
 from trajstore.edit.marks import held
 from trajstore.errors import (
@@ -333,7 +333,8 @@ def _rows(
     given: dict[str, Any] = {"segment": pa.array(segments), "id": pa.nulls(len(segments), pa.int64())}
     given.update({name: values for name, (_, values) in fields.items()})
     names = [f.name for f in wanted if f.name not in given]
-    tables = in_each(lambda source: _chosen(source, names), sources)
+    at_once = stores_at_once(source.filesystem for source in sources)
+    tables = in_each(lambda source: _chosen(source, names), sources, at_once)
     columns = []
     for f in wanted:
         if f.name in given:

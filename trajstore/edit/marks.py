@@ -24,7 +24,7 @@ from trajstore.format import layout
 from trajstore.format.marks import Farewell, Pin, Tag, check_tag_name
 from trajstore.read.bases import absolute
 from trajstore.storage.age import check_age
-from trajstore.storage.commit import History, Version
+from trajstore.storage.commit import History, Named, Version
 from trajstore.storage.filesystem import Filesystem
 
 
@@ -139,7 +139,7 @@ def marked_versions(filesystem: Filesystem) -> set[int]:
     return pinned | {tag.version for tag in all_tags(filesystem)}
 
 
-def pin(filesystem: Filesystem, history: History, version: Version, *, borrower_uuid: str, borrower_url: str) -> Pin:
+def pin(filesystem: Filesystem, history: History, version: Named, *, borrower_uuid: str, borrower_url: str) -> Pin:
     """Keep a version for another store, which refers to its segments.
 
     Args:
@@ -158,7 +158,7 @@ def pin(filesystem: Filesystem, history: History, version: Version, *, borrower_
     return made
 
 
-def _put(filesystem: Filesystem, history: History, version: Version, key: str, made: Pin) -> None:
+def _put(filesystem: Filesystem, history: History, version: Named, key: str, made: Pin) -> None:
     filesystem.create(key, made.to_bytes())  # whole at once: vacuum may read it any time
     _check_or_remove(filesystem, history, version, key)
 
@@ -169,7 +169,7 @@ def unpin(filesystem: Filesystem, pin_uuid: str) -> None:
 
 
 @contextlib.contextmanager
-def held(filesystem: Filesystem, history: History, version: Version) -> Iterator[None]:
+def held(filesystem: Filesystem, history: History, version: Named) -> Iterator[None]:
     """Inside the block no vacuum takes this version away: for whoever commits a version that names what it names.
 
     A vacuum removes what is left of one that was killed, once it is older than the grace. Whoever commits inside says that
@@ -207,7 +207,7 @@ def farewells(filesystem: Filesystem) -> dict[str, Farewell]:
     }
 
 
-def _check_or_remove(filesystem: Filesystem, history: History, version: Version, key: str) -> None:
+def _check_or_remove(filesystem: Filesystem, history: History, version: Named, key: str) -> None:
     """Fail, without the mark, unless its version still stands now that the mark is there."""
     try:
         _check_stands(filesystem, history, version)
@@ -217,7 +217,7 @@ def _check_or_remove(filesystem: Filesystem, history: History, version: Version,
         raise
 
 
-def _check_stands(filesystem: Filesystem, history: History, version: Version) -> None:
+def _check_stands(filesystem: Filesystem, history: History, version: Named) -> None:
     # Announcements first: one that is not there any more has emptied its slots.
     if any(version.number in farewell.versions for farewell in farewells(filesystem).values()):
         raise VersionExpiredError(

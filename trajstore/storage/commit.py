@@ -18,6 +18,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from trajstore.errors import (
     CommitError,
@@ -83,6 +84,26 @@ class Version:
 
 
 EMPTY_VERSION = Version(EMPTY, NO_PARENT)
+
+
+class Named(Protocol):
+    """Which version: a ``Version``, or its name alone."""
+
+    @property
+    def number(self) -> int:
+        """The version."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the snapshot's bytes."""
+
+
+@dataclass(frozen=True)
+class VersionName:
+    """A version of which only that is known: to parse a snapshot takes longer than to hash it."""
+
+    number: int
+    sha256: str
 
 
 class History:
@@ -171,7 +192,7 @@ class History:
             )
         return self._parse(version, data)
 
-    def holds(self, version: Version) -> bool:
+    def holds(self, version: Named) -> bool:
         """Whether a version is there as it was read before; otherwise another one has its number.
 
         Raises:
