@@ -388,9 +388,9 @@ def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def _store_manifests(target: Filesystem, rows: pa.Table, entries: Sequence[SegmentEntry]) -> tuple[ManifestEntry, ...]:
-    """Store the rows in manifests of bounded size; how a snapshot names them."""
+    """Store the rows in manifests of bounded size, each as soon as it is encoded; how a snapshot names them."""
 
-    def encoded(first: int) -> tuple[bytes, Manifest]:
+    def stored(first: int) -> ManifestEntry:
         part = rows.slice(first, MAX_MERGED_ROWS)
         numbers = distinct[part["segment"].to_numpy()]
         used = np.flatnonzero(np.bincount(numbers, minlength=len(entries)))
@@ -398,19 +398,16 @@ def _store_manifests(target: Filesystem, rows: pa.Table, entries: Sequence[Segme
         renumbered[used] = np.arange(len(used))
         part = part.set_column(where, rows.schema.field(where), pa.array(renumbered[numbers]))
         manifest = Manifest(part, tuple(entries[n] for n in used.tolist()))
-        return encode_manifest(manifest), manifest
+        data = encode_manifest(manifest)
+        key = layout.manifest_key(uuid.uuid4().hex)
+        target.store({key: [data]})
+        return manifest_entry(key, data, manifest, first_id=0)
 
     where = rows.schema.get_field_index("segment")
     first: dict[tuple[str, ...], int] = {}  # of segments that the sources have under several names
     distinct = np.array([first.setdefault(entry.key, n) for n, entry in enumerate(entries)], np.int64)
     workers = Workers(_ENCODED_AT_ONCE, name="trajstore-manifest")
     try:
-        made = workers.map(encoded, range(0, rows.num_rows, MAX_MERGED_ROWS))
+        return tuple(workers.map(stored, range(0, rows.num_rows, MAX_MERGED_ROWS)))
     finally:
         workers.close()
-    keys = [layout.manifest_key(uuid.uuid4().hex) for _ in made]
-    if made:
-        target.store({key: [data] for key, (data, _) in zip(keys, made, strict=True)})
-    return tuple(
-        manifest_entry(key, data, manifest, first_id=0) for key, (data, manifest) in zip(keys, made, strict=True)
-    )
