@@ -55,7 +55,7 @@ ROLES = [
 # Codecs change pages only, so the other objects are flipped in one of the variants.
 FLIPPED = [("compressed", role) for role in ROLES]
 FLIPPED += [("uncompressed", role) for role in ROLES if role.endswith((".0", "steps.arrow", "states.arrow"))]
-EVERY = 6  # so many bytes one is flipped, of which the others lie around it
+EVERY = 10  # so many bytes one is flipped, of which the others lie around it
 FLIPS = (lambda offset: 0xFF, lambda offset: 1 << (offset % 8))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import trajstore
+from tests.support.rare import also_slow
 from trajstore.buffers.ring import Ring
 from trajstore.buffers.stored_ring import StoredRing
 
@@ -116,7 +117,7 @@ def killed(folder: Path, kind: str, kills: int) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("kind", ["saves", "stored", "added"])
+@pytest.mark.parametrize("kind", also_slow(["saves", "stored", "added"], ["saves", "stored"]))
 def test_nothing_acknowledged_is_lost_by_a_kill(tmp_path: Path, kind: str) -> None:
     if kind == "saves":
         pytest.importorskip("tensordict")

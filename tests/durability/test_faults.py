@@ -127,7 +127,7 @@ def _check(filesystem: Filesystem, outcome: _Outcome) -> None:
         assert not shown & set(outcome.lost), "called lost, and yet there: appended once more, it would be there twice"
 
 
-@pytest.fixture(params=[11, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.fixture(params=[13, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 def every(request: pytest.FixtureRequest) -> int:
     """Which calls are spoiled: kinds of faults begin at different ones, so that together they meet all of them."""
     return int(request.param)
