@@ -12,7 +12,6 @@ import ctypes
 import datetime as dt
 import errno
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -25,6 +24,7 @@ from trajstore.errors import (
     TrajstoreError,
     UnsupportedStorageError,
 )
+from trajstore.storage.above import FoldersAbove
 from trajstore.storage.descriptors import OpenFiles
 from trajstore.storage.filesystem import Buffer, Filesystem, ObjectInfo, ObjectStream, ReadRun, read_in_pieces
 from trajstore.storage.workers import Workers
@@ -35,9 +35,6 @@ _OPEN_TOGETHER = 256  # files that are written before they are synced; a process
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
-# When the last sync of a folder above some store began, of those that are done: it made durable what was there by then.
-_synced_above: dict[str, float] = {}
-_MOST_SYNCED_ABOVE = 4096
 _NO_RENAME_FLAG = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
@@ -64,8 +61,7 @@ class LocalFilesystem(Filesystem):
         self._open_files = OpenFiles()
         self._known_directories: set[str] = set()
         self._synced_in_root: set[str] = set()
-        self._ancestors_synced = False
-        self._there_since = time.monotonic() if os.path.isdir(root) else None
+        self._above = FoldersAbove(root)
 
     def read_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """Whole objects; None for one that is not there."""
@@ -332,7 +328,7 @@ class LocalFilesystem(Filesystem):
                 self._make_directory(path)
             if len(path) <= len(self.root):
                 self._fsync_directory(os.path.dirname(path))
-                self._there_since = time.monotonic()
+                self._above.root_made()
         if len(self._known_directories) > 4096:  # every segment has folders of its own
             self._known_directories.clear()
         self._known_directories.add(folder)
@@ -346,10 +342,8 @@ class LocalFilesystem(Filesystem):
             # Names in the root never change after the store's own folders are made: once per handle is enough.
             if not parts or parts[0] not in self._synced_in_root:
                 wanted.add("")
-        if "" in wanted and not self._ancestors_synced:
-            for path in _ancestors(self.root):  # hardly ever is one waiting to be written: no work for threads
-                self._sync_ancestor(path)
-            self._ancestors_synced = True
+        if "" in wanted:
+            self._above.sync(self._sync_above)
         if len(wanted) <= _SYNCED_IN_TURN:
             for folder in sorted(wanted):
                 self._sync_directory(folder)
@@ -405,16 +399,9 @@ class LocalFilesystem(Filesystem):
         with self.errors(folder):
             self._fsync_directory(self._path(folder) if folder else self.root)
 
-    def _sync_ancestor(self, path: str) -> None:
-        # Whoever made the folders above may have been killed before they were synced. Those of other users exist already.
-        if self._there_since is not None and _synced_above.get(path, 0.0) > self._there_since:
-            return  # for a store beside this one, when this one was there
-        began = time.monotonic()
-        with self.errors(path), contextlib.suppress(PermissionError):
+    def _sync_above(self, path: str) -> None:
+        with self.errors(path), contextlib.suppress(PermissionError):  # those of other users exist already
             self._fsync_directory(path)
-        if len(_synced_above) >= _MOST_SYNCED_ABOVE:
-            _synced_above.clear()
-        _synced_above[path] = began
 
     # One method per system call that changes the disk: a test records them and cuts the power after each.
 
@@ -464,16 +451,6 @@ class LocalFilesystem(Filesystem):
 
     def _unlink(self, path: str) -> None:
         os.unlink(path)
-
-
-def _ancestors(path: str) -> list[str]:
-    """The folders above a path, up to where its disk is mounted."""
-    found = []
-    device = os.stat(path).st_dev
-    while (parent := os.path.dirname(path)) != path and os.stat(parent).st_dev == device:
-        found.append(parent)
-        path = parent
-    return found
 
 
 class _LocalStream(ObjectStream):
