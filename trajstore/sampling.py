@@ -136,13 +136,13 @@ class Sampled:
         Raises:
             IndexRangeError: A trajectory that is not in the view, or a step that it does not have.
         """
-        from trajstore.feed.options import LoaderOptions
-        from trajstore.feed.pick import Picker
-
         self._access.check_open()
         key = (None if columns is None else tuple(columns), None if device is None else str(device))
         picker = self._pickers.get(key)
         if picker is None:
+            from trajstore.feed.options import LoaderOptions
+            from trajstore.feed.pick import Picker
+
             supply = self.supply(LoaderOptions(1, columns=columns, device=device))
             picker = Picker(supply, columns, device=device, buffers=self._access.buffers)
             self._pickers[key] = picker
@@ -179,9 +179,6 @@ class Sampled:
         Returns:
             Nested mapping of tensors ``[n, ...]``.
         """
-        from trajstore.feed.options import LoaderOptions
-        from trajstore.feed.pipeline import PipelineBuilder, Samples
-
         self._access.check_open()
         key = None
         if seed is None and isinstance(anchors, str | None) and isinstance(weights, str | None):
@@ -189,6 +186,9 @@ class Sampled:
             key = (n, repr(window), dilation, pad, n_step, gamma, names, anchors, weights)
             if key in self._samples:
                 return self._samples[key].next()
+        from trajstore.feed.options import LoaderOptions
+        from trajstore.feed.pipeline import PipelineBuilder, Samples
+
         options = LoaderOptions(
             n,
             window=window,
