@@ -29,6 +29,7 @@ from trajstore.view import View
 
 Place = str | os.PathLike[str]
 Options = Mapping[str, Any] | None
+_PARTS_AT_ONCE = 2  # each holds its rows in memory
 _OPENED_AT_ONCE = 16  # of stores that answer over a network; others wait for a processor, of which Python uses one
 
 
@@ -138,8 +139,7 @@ def split(
     with _views([source], storage_options, bases) as views:
         parts = _parts(views[0], outs, first, where, seed)
         with _targets(parts, views, storage_options) as targets:
-            for target, part in zip(targets, parts.values(), strict=True):
-                _write([part], target, None, share, "split", allow_unpinned, progress)
+            _write_parts(list(zip(targets, parts.values(), strict=True)), share, allow_unpinned, progress)
         return {out: len(part) for out, part in parts.items()}
 
 
@@ -252,6 +252,21 @@ def _targets(outs: Iterable[Place], views: Sequence[View], storage_options: Opti
                 raise taken(target)
             targets[url] = target
         yield list(targets.values())
+
+
+def _write_parts(
+    parts: Sequence[tuple[Filesystem, View]], share: Share, allow_unpinned: bool, progress: bool | None
+) -> None:
+    def write(part: tuple[Filesystem, View]) -> None:
+        target, view = part
+        _write([view], target, None, share, "split", allow_unpinned, progress)
+
+    if share != "reference":  # it takes long, shows a bar for each, and can be interrupted
+        for part in parts:
+            write(part)
+        return
+    with contextlib.closing(Workers(_PARTS_AT_ONCE, name="trajstore-split")) as workers:
+        workers.map(write, parts)
 
 
 def _write(

@@ -32,6 +32,7 @@ from trajstore.format.manifest import (
     INDEX_FIELDS,
     Manifest,
     SegmentEntry,
+    as_type,
     encode_manifest,
     live_rows,
     manifest_entry,
@@ -139,13 +140,14 @@ def combine(
     brought = Brought(target, segments.parts, copied, objects, link=share == "link", progress=progress)
     planned = known[1] if known else EMPTY_VERSION
     brought.bring(planned, history.read_manifests)
-    rows = _rows(sources, np.concatenate(numbers), schema, fields or {}, order)
     target_uuid, head = known or open_or_create(target, history, must_be_new=not instead)
     borrowed = Borrowed()
     nbytes = sum(part.nbytes for part in segments.parts.values())
 
+    rows = functools.cache(lambda: _rows(sources, np.concatenate(numbers), schema, fields or {}, order))
+
     def stored() -> tuple[ManifestEntry, ...]:
-        return _store_manifests(target, rows, segments.named(brought.names, loan.numbers))
+        return _store_manifests(target, rows(), segments.named(brought.names, loan.numbers))
 
     def change(manifests: tuple[ManifestEntry, ...]) -> Append:
         bases = tuple(borrowed.bases)
@@ -333,26 +335,34 @@ def _rows(
     given: dict[str, Any] = {"segment": pa.array(segments), "id": pa.nulls(len(segments), pa.int64())}
     given.update({name: values for name, (_, values) in fields.items()})
     names = [f.name for f in wanted if f.name not in given]
-    at_once = stores_at_once(source.filesystem for source in sources)
-    tables = in_each(lambda source: _chosen(source, names), sources, at_once)
+    unread = [source for source in sources if not _is_read(source)]
+    at_once = stores_at_once(source.filesystem for source in unread)
+    read = dict(zip(map(id, unread), in_each(lambda source: _chosen(source, names), unread, at_once), strict=True))
+    tables = [read[id(source)] if id(source) in read else _chosen(source, names) for source in sources]
     columns = []
     for f in wanted:
         if f.name in given:
-            columns.append(_as(_chunked(given[f.name]), f.type))
+            columns.append(as_type(_chunked(given[f.name]), f.type))
             continue
         chunks: list[pa.Array] = []
         for table in tables:
             absent = f.name not in table.column_names
-            chunks += [pa.nulls(table.num_rows, f.type)] if absent else _as(table[f.name], f.type).chunks
+            chunks += [pa.nulls(table.num_rows, f.type)] if absent else as_type(table[f.name], f.type).chunks
         columns.append(pa.chunked_array(chunks, f.type))
     rows = pa.Table.from_arrays(columns, schema=wanted)
     return rows if order is None else rows.combine_chunks().take(pa.array(order))
 
 
+def _is_read(source: Source) -> bool:
+    """Whether all columns of its table are at hand."""
+    table = source.selection.table
+    return table.growth is not None or "full" in vars(table)
+
+
 def _chosen(source: Source, names: Sequence[str]) -> pa.Table:
     """Some columns of the chosen rows of a table; metadata fields that the store lacks are left out."""
     table, rows = source.selection.table, source.selection.rows
-    if table.growth is not None or "full" in vars(table):  # it was read already
+    if _is_read(source):
         chosen = table.full.select([name for name in names if name in table.full.column_names])
     else:
         chosen = _read(source, [name for name in names if name not in INDEX_FIELDS])
@@ -381,10 +391,6 @@ def _read(source: Source, names: Sequence[str]) -> pa.Table:
 
 def _chunked(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
-
-
-def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    return column if column.type == kind else column.cast(kind)
 
 
 def _store_manifests(target: Filesystem, rows: pa.Table, entries: Sequence[SegmentEntry]) -> tuple[ManifestEntry, ...]:

@@ -200,10 +200,16 @@ def live_rows(entry: ManifestEntry, table: pa.Table, schema: pa.Schema | None = 
         table = table.filter(pa.array(live_mask(entry)))
     if schema is None:
         return table
-    arrays = [
-        table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(table.num_rows, f.type) for f in schema
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    known = set(table.column_names)
+    return pa.Table.from_arrays(
+        [as_type(table[f.name], f.type) if f.name in known else pa.nulls(table.num_rows, f.type) for f in schema],
+        schema=schema,
+    )
+
+
+def as_type(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """The column cast to a type, or itself if it has that already (Arrow would look at each of its chunks)."""
+    return column if column.type == kind else column.cast(kind)
 
 
 def live_mask(entry: ManifestEntry) -> Array:

@@ -47,9 +47,11 @@ class TrajectoryTable:
         entries = version.snapshot.manifests
         manifests = history.read_manifests(entries, None if whole else INDEX_FIELDS)
         if whole:
-            self.full = self._full_of(manifests)
-        for entry, manifest in zip(entries, manifests, strict=True):
-            table = live_rows(entry, manifest.table.select(INDEX_FIELDS))
+            tables = self._live(manifests)
+            self.full = self._joined_with_waiting(tables)
+        else:
+            tables = [live_rows(e, m.table.select(INDEX_FIELDS)) for e, m in zip(entries, manifests, strict=True)]
+        for entry, manifest, table in zip(entries, manifests, tables, strict=True):
             arrays = {name: table[name].to_numpy() for name in INDEX_FIELDS}
             if entry.deleted:  # of some segments, nothing may be left
                 used, arrays["segment"] = np.unique(arrays["segment"], return_inverse=True)
@@ -69,17 +71,21 @@ class TrajectoryTable:
     @cached_property
     def full(self) -> pa.Table:
         """Every column of the table, metadata fields included; read on first use."""
-        return self._full_of(self._history.read_manifests(self.version.snapshot.manifests))
+        return self._joined_with_waiting(self._live(self._history.read_manifests(self.version.snapshot.manifests)))
 
-    def _full_of(self, manifests: Sequence[Manifest]) -> pa.Table:
+    def _live(self, manifests: Sequence[Manifest]) -> list[pa.Table]:
+        """Every column of the rows of each manifest that are in the version."""
         schema = table_schema(self.schema.metadata)
         entries = self.version.snapshot.manifests
-        tables = [live_rows(e, m.table, schema) for e, m in zip(entries, manifests, strict=True)]
+        return [live_rows(e, m.table, schema) for e, m in zip(entries, manifests, strict=True)]
+
+    def _joined_with_waiting(self, tables: list[pa.Table]) -> pa.Table:
+        schema = table_schema(self.schema.metadata)
         waiting = self._waiting()
         if waiting:
             fresh = build_table(waiting, self.segments, self.schema.metadata).table
             ids = pa.array(self.id[len(self) - len(waiting) :])
-            tables.append(fresh.set_column(fresh.schema.get_field_index("id"), schema.field("id"), ids))
+            tables = [*tables, fresh.set_column(fresh.schema.get_field_index("id"), schema.field("id"), ids)]
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
     @property
