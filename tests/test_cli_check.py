@@ -15,6 +15,7 @@ import pytest
 import trajstore
 from tests.edit.stores import filled
 from tests.support.commands import done, run
+from tests.support.rare import also_slow
 from trajstore import cli, console
 from trajstore.format import layout
 
@@ -54,7 +55,7 @@ def view(url):
 # ---- tables
 
 
-@pytest.mark.parametrize("width", [70, 80, 100, 120])
+@pytest.mark.parametrize("width", also_slow([70, 80, 100, 120], [70, 100]))
 @pytest.mark.parametrize("command", ["versions", "stats", "tag", "info", "diff", "verify"])
 def test_tables_fit_and_cut_no_word(url, width, command):
     text = done(command, url, *["1"] * (command == "diff"), width=width).out
@@ -102,7 +103,7 @@ def first_column(text):
     return "".join(row.strip() for row in rows)
 
 
-@pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
+@pytest.mark.parametrize("width", also_slow([30, 40, 60, 80, 200], [30, 80]))
 @pytest.mark.parametrize("command", ["stats", "tag", "versions", "info", "sample"])
 def test_no_number_is_cut_and_no_name_is_lost(long_names, width, command):
     options = ["--batches", "3"] * (command == "sample")

@@ -18,6 +18,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import trajstore
+from tests.support.rare import also_slow
 from tests.support.strategies import bits
 from trajstore import Column, TrajstoreError
 from trajstore.format.pages import decode_page_index
@@ -248,7 +249,7 @@ def test_every_flipped_byte_alone(stores, variant, role, flip):
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("variant", CODECS)
+@pytest.mark.parametrize("variant", also_slow(CODECS, list(CODECS)[-1:]))
 def test_a_cut_or_grown_object_is_an_error_or_equal_data(stores, variant, role):
     damaged = stores[variant]
     whole = bytes(damaged.buffer(role))
@@ -281,7 +282,7 @@ def test_a_missing_object_is_named_or_not_missed(stores, variant, role):
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("variant", CODECS)
+@pytest.mark.parametrize("variant", also_slow(CODECS, list(CODECS)[:1]))
 def test_an_object_of_another_store_is_refused(stores, variant, role):
     damaged = stores[variant]
     url = f"memory://corruption-other/{variant}"

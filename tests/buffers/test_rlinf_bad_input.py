@@ -15,6 +15,7 @@ import torch
 import trajstore
 from tests.buffers.test_rlinf_buffer import made, reference_of, saved_at
 from tests.buffers.test_rlinf_parity import assert_parity
+from tests.support.rare import diagonal
 from tests.support.rlinf_reference import with_attributes
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, import_directories
 from trajstore.errors import (
@@ -175,8 +176,9 @@ class TestBadInput:
         load: Callable[[], None] = lambda: buffer.load_checkpoint(tmp_path / "nothing")  # noqa: E731
         self.refused(buffer, StoreNotFoundError, "no checkpoint at .*nothing: neither a store nor RLinf's files", load)
 
-    @pytest.mark.parametrize("form", ["store", "pt"])
-    @pytest.mark.parametrize("above", ["nothing", "an empty store", "another store"])
+    @pytest.mark.parametrize(
+        ("above", "form"), diagonal(["nothing", "an empty store", "another store"], ["store", "pt"])
+    )
     def test_the_folder_above_the_ranks(
         self, buffer: TrajectoryReplayBuffer, tmp_path: Path, form: str, above: str
     ) -> None:

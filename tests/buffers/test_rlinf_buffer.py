@@ -397,7 +397,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Call
 class TestPlaces:
     """A URL works everywhere a path does."""
 
-    @pytest.mark.parametrize("form", ["store", "pt"])
+    @pytest.mark.parametrize("form", also_slow(["store", "pt"], ["store"]))
     def test_a_run_and_its_checkpoints(
         self, place: tuple[Callable[[str], str], dict[str, Any]], tmp_path: Path, form: str
     ) -> None:

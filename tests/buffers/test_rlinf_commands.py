@@ -238,7 +238,7 @@ class TestMergeOrSplit:
             shutil.rmtree(tmp_path / "buffer")
             assert_holds(tmp_path / "split", trajectories[:3])
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", also_slow(FORMS, ["store"]))
     def test_anywhere(
         self, run: Callable[..., str], place: tuple[Callable[[str], str], list[str]], tmp_path: Path, form: str
     ) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from tests.buffers.test_rlinf_buffer import reference_of
 from tests.buffers.test_rlinf_parity import assert_parity
-from tests.support.rare import also_slow
+from tests.support.rare import also_slow, diagonal
 from tests.support.rlinf_reference import assert_same, fields
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer, rollouts
 
@@ -90,7 +90,8 @@ def plain(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "envs", "epochs"), [(1, 1, 1), (2, 1, 2), (1, 3, 1), (6, 1, 2), (4, 2, 1), (6, 3, 3)]
+    ("steps", "envs", "epochs"),
+    also_slow([(1, 1, 1), (2, 1, 2), (1, 3, 1), (6, 1, 2), (4, 2, 1), (6, 3, 3)], [(1, 1, 1), (6, 1, 2), (6, 3, 3)]),
 )
 class TestFields:
     def test_round_trips(self, tmp_path: Path, steps: int, envs: int, epochs: int) -> None:
@@ -141,9 +142,12 @@ def stepping(number: int = 0, **more: Any) -> Trajectory:
 
 
 @pytest.mark.parametrize(
-    "name", ["seed", "env", "rest", "trajectory_id", "rollout_steps", "rollout_envs", "next_curr_obs", "Seed", "~73eed"]
+    ("name", "kind"),
+    diagonal(
+        ["seed", "env", "rest", "trajectory_id", "rollout_steps", "rollout_envs", "next_curr_obs", "Seed", "~73eed"],
+        ["tensors", "number", "tensor"],
+    ),
 )
-@pytest.mark.parametrize("kind", also_slow(["tensor", "tensors", "number"], ["tensors", "number"]))
 def test_fields_that_the_store_has_its_own_use_for(tmp_path: Path, name: str, kind: str) -> None:
     kinds = {"tensor": torch.arange(12.0).view(6, 2), "number": 7}
     value = kinds.get(kind, {"states": torch.arange(12.0).view(6, 2, 1), name: torch.ones(6, 2)})
@@ -159,8 +163,7 @@ def test_such_a_field_is_called_by_its_name_in_errors(lacks: bool) -> None:
             buffer.add_trajectories([other if lacks else one])
 
 
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
-@pytest.mark.parametrize("shape", [(), (1,), (4, 2)])
+@pytest.mark.parametrize(("dtype", "shape"), diagonal([torch.uint16, torch.uint32, torch.uint64], [(), (1,), (4, 2)]))
 def test_unsigned_integers(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(3)
 

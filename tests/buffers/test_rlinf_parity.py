@@ -318,7 +318,7 @@ class TestCheckpoints:
     @pytest.mark.parametrize(
         ("ranks", "checkpoint_format"),
         also_slow(
-            itertools.product(range(1, 8), FORMATS), [(ranks, FORMATS[ranks % len(FORMATS)]) for ranks in range(1, 8)]
+            itertools.product(range(1, 8), FORMATS), [(ranks, FORMATS[ranks % len(FORMATS)]) for ranks in (1, 2, 7)]
         ),
     )
     def test_every_rank(self, tmp_path: Path, ranks: int, checkpoint_format: str) -> None:

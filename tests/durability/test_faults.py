@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from tests.support.faulty import DISK_FAULTS, FAULTS, Faults, FaultyDisk, faulty_bucket
+from tests.support.rare import also_slow
 from tests.support.rollouts import (
     Acknowledged,
     acknowledge,
@@ -187,7 +188,7 @@ def _fail_everywhere(
     return told
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", also_slow(FAULTS, list(FAULTS)[::2]))
 def test_a_bucket_that_fails_once_at_any_operation_loses_nothing_acknowledged(
     kind: str, every: int, objects_of: tuple[dict[str, Any], list[Acknowledged]]
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import trajstore
 from tests.edit.stores import HeldDisk, append, assert_holds, filled, holds, numbers_in
 from tests.support.race import race
+from tests.support.rare import diagonal
 from trajstore import Column
 from trajstore.errors import ClosedError, IndexRangeError, ReadOnlyError, SchemaConflictError, SelectionError
 from trajstore.opening import open_on
@@ -34,8 +35,10 @@ def test_what_is_no_collection_of_ids_is_refused_with_what_to_write(url):
         assert len(store.trajectories) == 3
 
 
-@pytest.mark.parametrize("per_commit", [1, 4, 100])
-@pytest.mark.parametrize("gone", [[0], [11], [3, 4, 5], [0, 2, 4, 6, 8, 10], list(range(12)), []])
+@pytest.mark.parametrize(
+    ("per_commit", "gone"),
+    diagonal([1, 4, 100], [[0], [11], [3, 4, 5], [0, 2, 4, 6, 8, 10], list(range(12)), []]),
+)
 def test_what_is_deleted_is_gone_and_the_rest_keeps_its_ids(url, per_commit, gone):
     filled(url, range(12), per_commit=per_commit)
     with trajstore.open(url, "a") as store:

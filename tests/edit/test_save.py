@@ -17,6 +17,7 @@ import trajstore
 from tests.edit.killed import again, kill_everywhere
 from tests.edit.stores import CountingDisk, append, assert_holds, filled, holds, numbers_in, objects_of, segments_of
 from tests.support.faulty import DISK_FAULTS, Faults, FaultyDisk, faulty_bucket
+from tests.support.rare import diagonal
 from trajstore.edit.combine import combine
 from trajstore.edit.lineage import LINEAGE
 from trajstore.errors import (
@@ -62,8 +63,9 @@ def choose(view):
     }
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("which", ["all", "first", "none", "filtered", "backwards", "some"])
+@pytest.mark.parametrize(
+    ("share", "which"), diagonal(SHARES, ["all", "first", "none", "filtered", "backwards", "some"])
+)
 def test_a_saved_view_is_a_store_of_its_trajectories(source, target, share, which):
     with trajstore.open(source) as store:
         view = choose(store.trajectories)[which]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import trajstore
 from tests.support.kinds import every_kind, trajectory_of
-from tests.support.rare import also_slow, examples
+from tests.support.rare import diagonal, examples
 from tests.support.recordings import (
     METADATA,
     PADS,
@@ -112,10 +112,7 @@ def kinds():
         yield recording, view
 
 
-@pytest.mark.parametrize("pad", PADS)
-@pytest.mark.parametrize(
-    "window", [pytest.param(None, marks=pytest.mark.slow), 3, [-2, 0, 1]], ids=["steps", "window", "offsets"]
-)
+@pytest.mark.parametrize(("pad", "window"), diagonal(PADS, [3, [-2, 0, 1], None]))
 def test_every_kind_of_column(kinds, window, pad):
     recording, view = kinds
     names = ["steps", "states", *VIRTUAL, *METADATA]
@@ -149,8 +146,7 @@ def test_the_default_cache_takes_columns_of_one_byte():
     assert_same_batch(batch, reference_batch(recording, reference_anchors(recording)))
 
 
-@pytest.mark.parametrize("window", [1, 2, 4])
-@pytest.mark.parametrize("batch_size", also_slow([1, 7, 64], [1, 64]))
+@pytest.mark.parametrize(("window", "batch_size"), diagonal([1, 2, 4], [1, 64, 7]))
 def test_the_least_cache_that_the_error_names_is_enough_and_one_byte_less_is_not(window, batch_size):
     schema = [
         Column(path="image", dtype="uint8", shape=(8, 8), extra=1, page_rows=2),

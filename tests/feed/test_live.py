@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import trajstore
+from tests.support.rare import also_slow
 from tests.support.recordings import anchors_of, append, check_batch, least_cache_bytes, recording_of, view_of
 from tests.support.reference import Recording, reference_anchors
 from trajstore import Column
@@ -147,7 +148,7 @@ def test_every_batch_is_right_while_a_thread_appends(store, recording, prefetch)
 
 
 @pytest.mark.filterwarnings("ignore:the view holds")
-@pytest.mark.parametrize("pages", [1, 4])
+@pytest.mark.parametrize("pages", also_slow([1, 4], [4]))
 def test_two_loaders_share_a_small_cache(recording, pages):
     """Each needs pages that the other would have to let go: nothing hangs, and nothing is overwritten while it is read."""
     with view_of(recording, flush_after=(40, 80)) as view:

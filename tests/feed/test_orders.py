@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import trajstore
-from tests.support.rare import examples
+from tests.support.rare import also_slow, diagonal, examples
 from tests.support.recordings import (
     anchors_of,
     assert_same_batch,
@@ -92,7 +92,7 @@ def assert_same_batches(found, expected):
 # What a batch depends on
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", also_slow(ORDERS, ["random", "shuffle"]))
 def test_batches_depend_neither_on_cache_nor_on_prefetch(view, recording, order):
     expected = first(view, 30, order=order, seed=3, epochs=4, prefetch=0)
     least = least_cache_bytes(view, 16, **OPTIONS)
@@ -317,8 +317,7 @@ def test_a_trajectory_is_drawn_by_its_weight_then_one_of_its_anchors(weights):
 # Batches that are held
 
 
-@pytest.mark.parametrize("order", ["shuffle", "random"])
-@pytest.mark.parametrize("prefetch", [0, 1, 4])
+@pytest.mark.parametrize(("prefetch", "order"), diagonal([0, 1, 4], ["shuffle", "random"]))
 def test_batches_that_are_held_are_never_overwritten(view, recording, order, prefetch):
     least = least_cache_bytes(view, 8, **OPTIONS)
     held, copies = [], []

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import trajstore
+from tests.support.rare import also_slow
 from tests.support.reference import Recorded, Recording, reference_anchors, reference_batch
 from trajstore import Column
 from trajstore.errors import CorruptionError, SelectionError
@@ -124,7 +125,7 @@ def test_whole_columns_end_to_end(url):
     ],
     ids=lambda o: "-".join(o),
 )
-@pytest.mark.parametrize("cache_bytes", [None, 40_000])
+@pytest.mark.parametrize("cache_bytes", also_slow([None, 40_000], [40_000]))
 def test_loaders_gather_them_beside_others(url, options, cache_bytes):
     with trajstore.open(url) as store:
         view = store.trajectories

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import trajstore
-from tests.support.rare import examples
+from tests.support.rare import also_slow, diagonal, examples
 from trajstore import Column, CorruptionError, SelectionError, UnknownColumnError
 from trajstore.format import layout
 from trajstore.format.schemas import validate
@@ -117,8 +117,10 @@ def test_any_column_in_any_parts_is_what_numpy_says(made, as_moments):
     assert_described(gathered(column, rows, parts, make=make), rows)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
-@pytest.mark.parametrize("shape", [(2, 512), (40, 30, 3), (3, 40, 30), (40, 30), (1, 41, 40), (1025,)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    diagonal(["uint8", "int16", "float32"], [(2, 512), (40, 30, 3), (3, 40, 30), (40, 30), (1, 41, 40), (1025,)]),
+)
 def test_large_steps_are_reduced_by_channel_or_altogether(dtype, shape):
     rng = np.random.default_rng(0)
     rows = (rng.integers(0, 100, (12, *shape))).astype(dtype)
@@ -294,7 +296,7 @@ def assert_view_described(view, found):
     ],
     ids=["all", "every-third", "one", "repeated", "single-steps", "backwards"],
 )
-@pytest.mark.parametrize("piece_bytes", [1, 3000, 8 << 20])
+@pytest.mark.parametrize("piece_bytes", also_slow([1, 3000, 8 << 20], [3000]))
 def test_a_view_is_what_numpy_says_of_its_columns(view, chosen, piece_bytes, monkeypatch):
     monkeypatch.setattr(statistics, "_PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(accumulate, "_BLOCK_VALUES", 50)

@@ -14,6 +14,7 @@ from fsspec.registry import _registry
 
 import trajstore
 from tests.s3.trajectories import assert_holds, trajectory
+from tests.support.rare import also_slow
 from tests.support.s3_server import Fault, Hang, IgnoreCondition, LoseReply, Refuse, Request
 from trajstore.errors import (
     CommitOutcomeUnknownError,
@@ -191,7 +192,7 @@ class TestUnknownCondition:
             open_store("x", single_writer=True)
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("trouble", also_slow(TROUBLES, ["conflict", "slow down", "done and gone"]))
 class TestTrouble:
     def test_at_any_put_of_a_commit_costs_nothing(self, s3, open_store, impatient, trouble):
         spoilt = 0

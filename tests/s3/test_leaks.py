@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.support.rare import also_slow
+
 PROGRAM = """\
 import json, sys
 import numpy as np
@@ -29,7 +31,7 @@ if ending == "failed":
 """
 
 
-@pytest.mark.parametrize("ending", ["closed", "flushed", "forgotten", "failed"])
+@pytest.mark.parametrize("ending", also_slow(["closed", "flushed", "forgotten", "failed"], ["closed", "forgotten"]))
 def test_a_program_ends_silently_and_what_it_appended_is_there(bucket, options, open_store, ending):
     arguments = json.dumps([f"s3://{bucket}/runs/demo", options, ending])
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """What the test command of the README runs of long searches; the rest is marked ``slow``, or comes with a profile."""
 
+import itertools
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -17,6 +18,13 @@ def also_slow(values: Iterable[Any], often: Collection[Any]) -> list[Any]:
         return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
 
     return [value if value in often else slow(value) for value in values]
+
+
+def diagonal(*axes: Collection[Any]) -> list[Any]:
+    """All combinations of the arguments of a test, ``slow`` but for as few as have each value of each argument."""
+    values = [list(axis) for axis in axes]
+    often = [tuple(axis[n % len(axis)] for axis in values) for n in range(max(map(len, values)))]
+    return also_slow(itertools.product(*values), often)
 
 
 def examples(number: int) -> int:
