@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -127,6 +128,7 @@ def split(
             understood.
         StoreExistsError: A store is at one of the places; then none is made.
         StoreNotFoundError: The source is no store.
+        StorageError: A part cannot be written; those that were made before it stay.
 
     Examples:
         >>> import numpy as np, trajstore
@@ -265,8 +267,24 @@ def _write_parts(
         for part in parts:
             write(part)
         return
-    with contextlib.closing(Workers(_PARTS_AT_ONCE, name="trajstore-split")) as workers:
-        workers.map(write, parts)
+    stopped = threading.Event()
+
+    def write_unless_stopped(part: tuple[Filesystem, View]) -> None:
+        if not stopped.is_set():
+            with _set_by_errors(stopped):
+                write(part)
+
+    with contextlib.closing(Workers(_PARTS_AT_ONCE, name="trajstore-split")) as workers, _set_by_errors(stopped):
+        workers.map(write_unless_stopped, parts)
+
+
+@contextlib.contextmanager
+def _set_by_errors(event: threading.Event) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise
 
 
 def _write(

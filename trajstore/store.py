@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trajstore.edit.turns import Turns
 from trajstore.editing import Edited
 from trajstore.errors import (
     ClosedError,
@@ -73,7 +72,7 @@ class Store(Edited):
         self._mode = mode
         self._workers = workers
         self._access = access
-        self._turns = Turns()
+        self._turns = access.turns
         self._table: TrajectoryTable | None = None
         self._live: LiveTrajectories | None = None
         self._closed = False

@@ -23,13 +23,13 @@ from trajstore.edit.marks import (
     unpin,
     untag,
 )
-from trajstore.edit.turns import Turns
 from trajstore.edit.versions import Diff, Restore, compare
 from trajstore.errors import SelectionError
 from trajstore.read.access import StoreAccess
 from trajstore.read.table import TrajectoryTable
 from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem
+from trajstore.storage.turns import Turns
 from trajstore.storage.workers import Workers
 from trajstore.view import View
 from trajstore.write.writer import Writer

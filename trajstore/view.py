@@ -5,6 +5,7 @@ Invariant: a view never changes; it holds index arrays, no step data. Filtering 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -22,6 +23,7 @@ from trajstore.format.manifest import table_schema
 from trajstore.interop import arrow, frames
 from trajstore.interop.steps import StepReader
 from trajstore.read.access import StoreAccess
+from trajstore.read.bases import same_place
 from trajstore.read.segment import RowRange
 from trajstore.read.selection import Selection
 from trajstore.read.table import TrajectoryTable
@@ -353,20 +355,19 @@ class View(Sampled):
             ReadOnlyError: A store that is referred to cannot be written, and ``allow_unpinned`` is false.
         """
         source = self.source()
-        target = connect(url, storage_options=storage_options)
-        try:
-            combined = combine(
-                [source],
-                target,
-                share=share,
-                fields=where_from([source]) if lineage else None,
-                instead=replace,
-                operation="save",
-                pins="where possible" if allow_unpinned else "required",
-                progress=progress,
-            )
-        finally:
-            target.close()
+        with contextlib.closing(connect(url, storage_options=storage_options)) as target:
+            own = same_place(target.url, source.filesystem.url)
+            with self._access.turns.storing("save()") if own else contextlib.nullcontext():
+                combined = combine(
+                    [source],
+                    target,
+                    share=share,
+                    fields=where_from([source]) if lineage else None,
+                    instead=replace,
+                    operation="save",
+                    pins="where possible" if allow_unpinned else "required",
+                    progress=progress,
+                )
         return combined.version.number
 
     def source(self) -> Source:

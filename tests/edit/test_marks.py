@@ -23,6 +23,7 @@ from trajstore.edit.marks import (
 from trajstore.errors import (
     CorruptionError,
     MissingObjectError,
+    StorageError,
     TagExistsError,
     TagNameError,
     VersionExpiredError,
@@ -196,3 +197,18 @@ def test_a_flipped_bit_is_corruption(document):
 
 def test_times_are_utc():
     assert DOCUMENTS["tag"].created_at.tzinfo is dt.UTC
+
+
+def test_a_hold_that_cannot_be_removed_is_logged_and_fails_nothing(store, monkeypatch, caplog):
+    disk, history, versions = store
+    remove = disk.remove
+
+    def fails(keys):
+        if any(map(layout.is_hold, keys)):
+            raise StorageError("input/output error")
+        remove(keys)
+
+    monkeypatch.setattr(disk, "remove", fails)
+    with held(disk, history, versions[0]):
+        pass
+    assert "was not removed, and keeps version 1" in caplog.text

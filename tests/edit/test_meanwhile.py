@@ -11,6 +11,8 @@ import pytest
 import trajstore
 from tests.edit.stores import append, assert_holds, filled, holds
 from trajstore.errors import CommitError
+from trajstore.format import layout
+from trajstore.storage.local import LocalFilesystem
 
 
 def meanwhile(url: str, act: Any) -> Any:
@@ -113,3 +115,27 @@ def test_a_pin_stays_as_long_as_its_owner_is_needed_at_any_of_its_places(tmp_pat
         assert_holds(store.trajectories, [9])
     with trajstore.open(tmp_path / "new") as store:
         assert not len(store.pins())
+
+
+def test_versions_that_others_make_and_vacuum_while_the_latest_is_looked_for(tmp_path: Path, monkeypatch: Any) -> None:
+    url = filled(tmp_path / "store", range(2))
+    reads = LocalFilesystem.read_many
+    done: list[bool] = []
+
+    def beside(self: LocalFilesystem, keys: Any) -> Any:
+        keys = list(keys)
+        if keys == [layout.snapshot_key(4)] and not done:  # after 5 was not there
+            done.append(True)
+            for number in (3, 4):
+                append(writer, number)
+                writer.flush()
+            writer.vacuum(keep_versions=1, keep_for="0d")
+        return reads(self, keys)
+
+    with trajstore.open(url) as reader, trajstore.open(url, "a") as writer:
+        append(writer, 2)
+        writer.flush()
+        monkeypatch.setattr(LocalFilesystem, "read_many", beside)
+        assert reader.refresh() == 5
+        assert done
+        assert_holds(reader.trajectories, range(5))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from tests.support.faulty import DISK_FAULTS, Faults, FaultyDisk, faulty_bucket
 from trajstore.edit import borrow as borrowing
 from trajstore.edit.combine import Source, combine
 from trajstore.edit.marks import all_pins, pin, unpin
-from trajstore.errors import ReadOnlyError, TrajstoreError, VersionExpiredError
+from trajstore.errors import ReadOnlyError, StorageError, TrajstoreError, VersionExpiredError
 from trajstore.format import layout
 from trajstore.opening import open_on
 from trajstore.storage import retry
@@ -419,3 +422,61 @@ def test_a_bucket_of_readers_and_its_borrower(three):
         source = store.trajectories.source()
         combine([source], LocalFilesystem(three[0]), share="reference", instead=True)
     assert sum("/pins/" in name for name in objects) == 1
+
+
+def manifests_of(url):
+    return sorted(path.name for path in (Path(url) / "manifests").glob("*"))
+
+
+@pytest.mark.parametrize("instead", [False, True])
+def test_a_pin_that_cannot_be_made_leaves_neither_pins_nor_manifests(three, tmp_path, monkeypatch, instead):
+    target = tmp_path / "target"
+    before = manifests_of(filled(target, [9])) if instead else []
+
+    def fails(filesystem, *arguments, **options):
+        if filesystem.url.endswith("c"):
+            time.sleep(0.3)  # manifests are stored meanwhile
+            raise StorageError("the disk is read-only")
+        return pin(filesystem, *arguments, **options)
+
+    monkeypatch.setattr(borrowing, "pin", fails)
+    with trajstore.open(three[1]) as b, trajstore.open(three[2]) as c:
+        sources = [store.trajectories.source() for store in (b, c)]
+        with pytest.raises(ReadOnlyError, match="read-only"):
+            combine(sources, LocalFilesystem(str(target)), share="reference", instead=instead)
+    assert not any(map(pins_of, three))
+    assert manifests_of(target) == before
+    if instead:
+        holds(target, [9])
+
+
+def test_ctrl_c_while_pins_are_made_leaves_neither_pins_nor_manifests(three, tmp_path, monkeypatch):
+    def interrupted(filesystem, *arguments, **options):
+        made = pin(filesystem, *arguments, **options)
+        if filesystem.url.endswith("b"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        return made
+
+    monkeypatch.setattr(borrowing, "pin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trajstore.merge(three, tmp_path / "all")
+    assert not any(map(pins_of, three))
+    assert not manifests_of(tmp_path / "all")
+    monkeypatch.undo()
+    trajstore.merge(three, tmp_path / "all")
+    holds(tmp_path / "all", range(6))
+
+
+def test_a_pin_of_which_nobody_knows_whether_it_is_durable_is_taken_back(three, tmp_path, monkeypatch):
+    sync = LocalFilesystem._sync_directories
+
+    def fails(self, folders):
+        if self.root.endswith("b") and "pins" in folders:
+            raise StorageError("input/output error")
+        sync(self, folders)
+
+    monkeypatch.setattr(LocalFilesystem, "_sync_directories", fails)
+    with pytest.raises(ReadOnlyError, match="input/output error"):
+        trajstore.merge(three, tmp_path / "all")
+    assert not any(map(pins_of, three))

@@ -143,3 +143,20 @@ def test_what_cannot_be_reached_is_told(runs):
         gone = Base("../gone", "d" * 32, "e" * 32)
         assert [place for place, _ in release(store, [gone]).kept] == ["../gone"]
     assert len(pins_in(runs / "a")) == 1
+
+
+def test_a_damaged_pin_of_somebody_else_is_in_nobodys_way(runs):
+    (runs / "a" / "pins" / f"{'f' * 32}.json").write_text("{}")
+    empty(runs / "b")
+    assert [path.name for path in (runs / "a" / "pins").glob("*")] == [f"{'f' * 32}.json"]
+
+
+def test_a_pin_of_a_store_of_which_some_version_is_damaged_has_to_stay(runs):
+    with trajstore.open(runs / "b", "a") as store:
+        store.delete([0])
+    path = runs / "b" / "snapshots" / "00000000000000000001.json"
+    path.write_bytes(path.read_bytes().replace(b"merge", b"mergf"))
+    with trajstore.open(runs / "a") as store:
+        findings = [finding for finding in store.verify().findings if finding.kind == "pin-borrower"]
+    assert [finding.severity for finding in findings] == ["note"]
+    assert "not every version can be read, so that it has to stay" in findings[0].message

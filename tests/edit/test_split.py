@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 
 import trajstore
 from tests.edit.stores import filled, length_of, metadata_of, objects_of
-from trajstore.errors import SelectionError, StoreExistsError, StoreNotFoundError
+from trajstore import arrange
+from trajstore.errors import SelectionError, StorageError, StoreExistsError, StoreNotFoundError
 
 SHARES = ("reference", "link", "copy")
 
@@ -143,3 +148,40 @@ def test_a_part_can_be_merged_with_the_rest_again(ten, tmp_path):
         assert frame["number"].tolist() == HELD
         assert frame["source_id"].tolist() == origin.trajectories.ids.tolist()
         assert set(frame["source_store"]) == {origin.uuid}
+
+
+def test_a_part_that_cannot_be_written_stops_those_that_have_not_begun(ten, tmp_path, monkeypatch):
+    begun = []
+    write = arrange._write
+
+    def fails(views, target, *rest):
+        begun.append(target.url)
+        if target.url.endswith("part-0"):
+            raise StorageError("the disk is full")
+        write(views, target, *rest)
+
+    monkeypatch.setattr(arrange, "_write", fails)
+    monkeypatch.setattr(arrange, "_PARTS_AT_ONCE", 1)
+    with pytest.raises(StorageError, match="the disk is full"):
+        trajstore.split(ten, {tmp_path / f"part-{n}": 1 for n in range(8)})
+    assert len(begun) == 1
+
+
+def test_ctrl_c_stops_parts_that_have_not_begun(ten, tmp_path, monkeypatch):
+    begun = []
+    write = arrange._write
+
+    def interrupted(views, target, *rest):
+        begun.append(target.url)
+        time.sleep(0.2)  # all of them wait for their turn
+        if target.url.endswith("part-0"):
+            os.kill(os.getpid(), signal.SIGINT)
+        write(views, target, *rest)
+
+    monkeypatch.setattr(arrange, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trajstore.split(ten, {tmp_path / f"part-{n}": 1 for n in range(10)})
+    made = [n for n in range(10) if (tmp_path / f"part-{n}" / "snapshots" / "00000000000000000001.json").exists()]
+    assert 1 <= len(made) == len(begun) < 10, "what had begun is whole"
+    for n in made:
+        assert numbers(tmp_path / f"part-{n}") == [HELD[n]]

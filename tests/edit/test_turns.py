@@ -11,8 +11,9 @@ import pytest
 
 import trajstore
 from tests.edit.stores import append, filled, holds, numbers_in
-from trajstore.edit.turns import Turns
 from trajstore.errors import EditUnderWayError
+from trajstore.storage.commit import History
+from trajstore.storage.turns import Turns
 
 TIMEOUT_S = 60
 REMOVALS = {
@@ -104,3 +105,36 @@ def test_one_at_a_time_removes():
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(remove, range(40)))
+
+
+@pytest.mark.parametrize("removal", REMOVALS)
+def test_bytes_are_not_reclaimed_under_a_view_that_is_saved_onto_its_own_store(url, monkeypatch, removal):
+    refused = []
+    commit = History.commit
+
+    def beside(history, change, head, **options):
+        if change.operation == "save":
+            with pytest.raises(EditUnderWayError, match=r"save\(\), under way in another thread") as error:
+                REMOVALS[removal](store)
+            refused.append(error)
+        return commit(history, change, head, **options)
+
+    with trajstore.open(url, "a") as store:
+        monkeypatch.setattr(History, "commit", beside)
+        store.trajectories.take([5, 0, 3]).save(url, replace=True)
+        assert refused
+    holds(url, [5, 0, 3])
+
+
+def test_a_view_that_is_saved_elsewhere_keeps_nobody_from_removing(url, monkeypatch, tmp_path):
+    commit = History.commit
+
+    def beside(history, change, head, **options):
+        if change.operation == "save":
+            REMOVALS["exclusive vacuum"](store)
+        return commit(history, change, head, **options)
+
+    with trajstore.open(url, "a") as store:
+        monkeypatch.setattr(History, "commit", beside)
+        store.trajectories.save(tmp_path / "other")
+    holds(tmp_path / "other", range(12))

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import shutil
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from trajstore.errors import CorruptionError, StoreNotFoundError, UntrustedBaseE
 from trajstore.format import layout
 from trajstore.format.snapshot import Base, Snapshot, StoreDocument
 from trajstore.read.bases import Bases, parent_of, reference
+from trajstore.storage.connect import connect
 from trajstore.storage.filesystem import Filesystem
 
 UUID = "ab" * 16
@@ -484,3 +486,29 @@ def test_pages_of_a_base_are_kept_in_the_disk_cache(runs, tmp_path):
     holds(runs / "part", [4, 1, 10], **options)
     holds(runs / "part", [4, 1, 10], **options)
     assert any(Path(tmp_path / "cache").rglob("*"))
+
+
+def test_a_base_that_takes_long_to_open_keeps_nobody_from_another(runs):
+    opening, go = threading.Event(), threading.Event()
+
+    def slow(url, options):
+        if url.endswith("part"):
+            opening.set()
+            assert go.wait(60)
+        return connect(url)
+
+    bases = Bases(str(runs / "other"), slow)
+    stores = {}
+    for name in ("part", "origin"):
+        with trajstore.open(runs / name) as store:
+            stores[name] = Base(f"../{name}", store.uuid, None)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(bases.open, stores["part"])
+        assert opening.wait(60)
+        try:
+            assert pool.submit(bases.open, stores["origin"]).result(60).url.endswith("origin")
+            assert not first.done()
+        finally:
+            go.set()
+        assert first.result(60) is bases.open(stores["part"])
+    bases.close()

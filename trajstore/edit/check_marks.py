@@ -166,17 +166,7 @@ def _check_pin(
             "self-contained",
         )
     try:
-        if (
-            pin.uuid not in names.by(bases.open(Base(pin.borrower_url, pin.borrower_uuid)))
-            and now - pin.created_at > GRACE
-        ):
-            found.add(
-                "warning",
-                "pin-unused",
-                key,
-                f"it keeps version {pin.version} for {pin.borrower_url}, of which no version names it: a merge was killed; "
-                "vacuum of that store removes it, or unpin()",
-            )
+        borrower = bases.open(Base(pin.borrower_url, pin.borrower_uuid))
     except UntrustedBaseError:
         found.add(
             "note",
@@ -198,6 +188,31 @@ def _check_pin(
             "pin-borrower",
             key,
             f"it keeps version {pin.version} for {pin.borrower_url}, not looked at: {error}",
+        )
+    else:
+        _check_used(pin, key, borrower, names, now, found)
+
+
+def _check_used(pin: Pin, key: str, borrower: Filesystem, names: _PinsNamed, now: dt.datetime, found: Findings) -> None:
+    """Note a pin that its store, which is there, does not name."""
+    try:
+        used = pin.uuid in names.by(borrower)
+    except TrajstoreError as error:
+        found.add(
+            "note",
+            "pin-borrower",
+            key,
+            f"it keeps version {pin.version} for {pin.borrower_url}, of which not every version can be read, so that it has "
+            f"to stay: {error}",
+        )
+        return
+    if not used and now - pin.created_at > GRACE:
+        found.add(
+            "warning",
+            "pin-unused",
+            key,
+            f"it keeps version {pin.version} for {pin.borrower_url}, of which no version names it: a merge was killed; "
+            "vacuum of that store removes it, or unpin()",
         )
 
 

@@ -2,23 +2,24 @@
 
 Invariant: every object that the new version names is in place, and every version that it refers to is pinned, before it is
 committed; no step is decoded on the way. What fails leaves the target as it was, or a store without any version where there
-was none, and removes its pins again (a process that is killed may leave some). Segments that were copied until then are in
-nobody's way: the next try makes use of them if there is no version yet, and else vacuum removes them.
+was none, and removes its pins and manifests again (a process that is killed may leave some). Segments that were copied until
+then are in nobody's way: the next try makes use of them if there is no version yet, and else vacuum removes them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from trajstore.edit.borrow import Borrowed, Owner, Pins, borrow, find_loan, in_each, stores_at_once
+from trajstore.edit.borrow import Borrowed, Loan, Owner, Pins, borrow, find_loan, in_each, stores_at_once
 from trajstore.edit.bring import Brought, Instead, find_objects
 from trajstore.edit.marks import held
 from trajstore.errors import (
@@ -26,6 +27,8 @@ from trajstore.errors import (
     ManifestsChangedError,
     SchemaConflictError,
     SelectionError,
+    StorageError,
+    TrajstoreError,
 )
 from trajstore.format import layout
 from trajstore.format.manifest import (
@@ -51,6 +54,7 @@ from trajstore.storage.workers import Workers
 from trajstore.stored import Array
 
 Share = Literal["link", "copy", "reference"]
+_log = logging.getLogger(__name__)
 _MOST_PLANS = 10  # of which each but the last found that others dropped segments meanwhile
 _ENCODED_AT_ONCE = 4
 
@@ -141,44 +145,90 @@ def combine(
     planned = known[1] if known else EMPTY_VERSION
     brought.bring(planned, history.read_manifests)
     target_uuid, head = known or open_or_create(target, history, must_be_new=not instead)
-    borrowed = Borrowed()
     nbytes = sum(part.nbytes for part in segments.parts.values())
+    draft = _Draft(target, lambda: _rows(sources, np.concatenate(numbers), schema, fields or {}, order))
 
-    rows = functools.cache(lambda: _rows(sources, np.concatenate(numbers), schema, fields or {}, order))
+    def entries() -> list[SegmentEntry]:
+        return segments.named(brought.names, loan.numbers)
 
-    def stored() -> tuple[ManifestEntry, ...]:
-        return _store_manifests(target, rows(), segments.named(brought.names, loan.numbers))
-
-    def change(manifests: tuple[ManifestEntry, ...]) -> Append:
-        bases = tuple(borrowed.bases)
+    def change() -> Append:
+        bases = tuple(draft.borrowed.bases)
         if not instead:
-            return Append(schema, manifests, nbytes, operation, bases, first=True)
-        return Instead(schema, manifests, nbytes, operation, bases, planned_on=planned.number, kept=brought.kept)
+            return Append(schema, draft.manifests, nbytes, operation, bases, first=True)
+        return Instead(schema, draft.manifests, nbytes, operation, bases, planned_on=planned.number, kept=brought.kept)
 
     with _held(target, history, segments.owners):
-        try:
-            # Pins wait for disks, and encoding for a processor.
-            borrowing = functools.partial(borrow, loan, target, target_uuid, pins, borrowed)
-            manifests = in_each(lambda job: job(), [borrowing, stored] if loan.versions else [stored])[-1]
+        with draft.undone_by(BaseException):
+            draft.prepare(entries(), loan, target_uuid, pins)
+        with draft.undone_by(TrajstoreError):  # anything else may come when the version is there already
             for plans_left in reversed(range(_MOST_PLANS)):
                 try:
-                    version = history.commit(change(manifests), head, since=since)
+                    version = history.commit(change(), head, since=since)
                     break
                 except ManifestsChangedError:
                     if not plans_left:
                         raise
                 planned = head = history.latest(head.number)
                 brought.bring(planned, history.read_manifests)
-                target.remove([entry.path for entry in manifests])
-                manifests = stored()
-        except CommitOutcomeUnknownError:
-            raise  # the version may be there, and refer to what is pinned
-        except Exception:
-            borrowed.give_back()
-            raise
+                draft.store_again(entries())
     history.write_hint(version.number)
-    written = brought.written_bytes + borrowed.written_bytes + sum(entry.nbytes for entry in manifests)
+    written = brought.written_bytes + draft.borrowed.written_bytes + sum(entry.nbytes for entry in draft.manifests)
     return Combined(version, written)
+
+
+class _Draft:
+    """Manifests and pins of a version that is not committed yet.
+
+    Args:
+        target: Where the version goes.
+        rows: Makes its rows, which takes a while.
+    """
+
+    def __init__(self, target: Filesystem, rows: Callable[[], pa.Table]) -> None:
+        self._target = target
+        self._rows = functools.cache(rows)
+        self._stored: list[str] = []  # keys of manifests, each noted before it is stored
+        self.manifests: tuple[ManifestEntry, ...] = ()
+        self.borrowed = Borrowed()
+
+    def prepare(self, entries: Sequence[SegmentEntry], loan: Loan, target_uuid: str, pins: Pins) -> None:
+        """Pin what is referred to, and store manifests beside it: pins wait for disks, and encoding for a processor.
+
+        Args:
+            entries: The segments, as manifests of the target name them.
+            loan: What is referred to.
+            target_uuid: Identity of the target.
+            pins: As for ``combine``.
+        """
+
+        def pin() -> None:
+            borrow(loan, self._target, target_uuid, pins, self.borrowed)
+
+        def store() -> None:
+            self.manifests = _store_manifests(self._target, self._rows(), entries, self._stored)
+
+        in_each(lambda job: job(), [pin, store] if loan.versions else [store])
+
+    def store_again(self, entries: Sequence[SegmentEntry]) -> None:
+        """Store manifests that name the segments otherwise, in the place of those that are there."""
+        self._target.remove(self._stored)
+        self._stored.clear()
+        self.manifests = _store_manifests(self._target, self._rows(), entries, self._stored)
+
+    @contextlib.contextmanager
+    def undone_by(self, error: type[BaseException]) -> Iterator[None]:
+        """What fails inside with such an error leaves neither manifests nor pins, unless the version may be there."""
+        try:
+            yield
+        except CommitOutcomeUnknownError:
+            raise
+        except error:
+            self.borrowed.give_back()
+            try:
+                self._target.remove(self._stored)
+            except StorageError as error:
+                _log.warning("%s keeps %s, which no version names: %s", self._target.description, self._stored, error)
+            raise
 
 
 class _Segments:
@@ -393,8 +443,17 @@ def _chunked(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
 
-def _store_manifests(target: Filesystem, rows: pa.Table, entries: Sequence[SegmentEntry]) -> tuple[ManifestEntry, ...]:
-    """Store the rows in manifests of bounded size, each as soon as it is encoded; how a snapshot names them."""
+def _store_manifests(
+    target: Filesystem, rows: pa.Table, entries: Sequence[SegmentEntry], keys: list[str]
+) -> tuple[ManifestEntry, ...]:
+    """Store the rows in manifests of bounded size, each as soon as it is encoded; how a snapshot names them.
+
+    Args:
+        target: Where.
+        rows: They.
+        entries: The segments.
+        keys: To which that of each manifest is added before it is stored.
+    """
 
     def stored(first: int) -> ManifestEntry:
         part = rows.slice(first, MAX_MERGED_ROWS)
@@ -406,6 +465,7 @@ def _store_manifests(target: Filesystem, rows: pa.Table, entries: Sequence[Segme
         manifest = Manifest(part, tuple(entries[n] for n in used.tolist()))
         data = encode_manifest(manifest)
         key = layout.manifest_key(uuid.uuid4().hex)
+        keys.append(key)
         target.store({key: [data]})
         return manifest_entry(key, data, manifest, first_id=0)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from trajstore.errors import (
@@ -26,6 +27,8 @@ from trajstore.read.bases import absolute
 from trajstore.storage.age import check_age
 from trajstore.storage.commit import History, Named, Version
 from trajstore.storage.filesystem import Filesystem
+
+_log = logging.getLogger(__name__)
 
 
 def tag(filesystem: Filesystem, history: History, name: str, version: Version, *, move: bool = False) -> Tag:
@@ -117,17 +120,45 @@ def all_tags(filesystem: Filesystem) -> list[Tag]:
     return [Tag.from_bytes(data, key=f"{key} in {filesystem.description}") for key, data in found]
 
 
-def all_pins(filesystem: Filesystem) -> list[Pin]:
-    """Every pin of another store; where that is, as an absolute URL."""
-    return [pin for key, pin in _pins_and_holds(filesystem) if not layout.is_hold(key)]
+def all_pins(filesystem: Filesystem, *, past_damage: bool = False) -> list[Pin]:
+    """Every pin of another store; where that is, as an absolute URL.
+
+    Args:
+        filesystem: Where the store is.
+        past_damage: Leave those out that are damaged: not for who wants to know all that is needed.
+
+    Raises:
+        CorruptionError: One is damaged.
+    """
+    found = _pins_and_holds(filesystem, past_damage=past_damage)
+    return [pin for key, pin in found if not layout.is_hold(key)]
 
 
-def _pins_and_holds(filesystem: Filesystem) -> list[tuple[str, Pin]]:
+def find_pins(filesystem: Filesystem, uuids: Iterable[str]) -> list[Pin]:
+    """Those of some pins that are there; where the other store is, as an absolute URL.
+
+    Raises:
+        CorruptionError: One of them is damaged.
+    """
+    keys = [layout.pin_key(uuid) for uuid in sorted(uuids)]
+    data = zip(keys, filesystem.read_many(keys), strict=True)
+    return [_pin_from(filesystem, key, found) for key, found in data if found is not None]
+
+
+def _pins_and_holds(filesystem: Filesystem, *, past_damage: bool = False) -> list[tuple[str, Pin]]:
     found = []
     for key, data in _read_all(filesystem, layout.PINS).items():
-        pin = Pin.from_bytes(data, key=f"{key} in {filesystem.description}")
-        found.append((key, replace(pin, borrower_url=absolute(pin.borrower_url, seen_from=filesystem.url))))
+        try:
+            found.append((key, _pin_from(filesystem, key, data)))
+        except CorruptionError:
+            if not past_damage:
+                raise
     return found
+
+
+def _pin_from(filesystem: Filesystem, key: str, data: bytes) -> Pin:
+    pin = Pin.from_bytes(data, key=f"{key} in {filesystem.description}")
+    return replace(pin, borrower_url=absolute(pin.borrower_url, seen_from=filesystem.url))
 
 
 def marked_versions(filesystem: Filesystem) -> set[int]:
@@ -159,7 +190,11 @@ def pin(filesystem: Filesystem, history: History, version: Named, *, borrower_uu
 
 
 def _put(filesystem: Filesystem, history: History, version: Named, key: str, made: Pin) -> None:
-    filesystem.create(key, made.to_bytes())  # whole at once: vacuum may read it any time
+    try:
+        filesystem.create(key, made.to_bytes())  # whole at once: vacuum may read it any time
+    except BaseException:
+        _remove_mark(filesystem, key)  # it may be there all the same
+        raise
     _check_or_remove(filesystem, history, version, key)
 
 
@@ -187,7 +222,12 @@ def held(filesystem: Filesystem, history: History, version: Named) -> Iterator[N
     try:
         yield
     finally:
-        filesystem.remove([key])
+        try:
+            filesystem.remove([key])
+        except StorageError as error:  # what was done inside is done
+            _log.warning(
+                "%s of %s was not removed, and keeps version %s: %s", key, filesystem.description, version.number, error
+            )
 
 
 def check_there(filesystem: Filesystem, pin_uuid: str) -> None:
@@ -212,9 +252,13 @@ def _check_or_remove(filesystem: Filesystem, history: History, version: Named, k
     try:
         _check_stands(filesystem, history, version)
     except BaseException:
-        with contextlib.suppress(StorageError):  # a mark that stays behind keeps a version, no more
-            filesystem.remove([key])
+        _remove_mark(filesystem, key)
         raise
+
+
+def _remove_mark(filesystem: Filesystem, key: str) -> None:
+    with contextlib.suppress(StorageError):  # a mark that stays behind keeps a version, no more
+        filesystem.remove([key])
 
 
 def _check_stands(filesystem: Filesystem, history: History, version: Named) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from trajstore.edit.borrow import in_each
-from trajstore.edit.marks import all_pins, unpin
+from trajstore.edit.marks import all_pins, find_pins, unpin
 from trajstore.errors import CorruptionError, StoreNotFoundError, TrajstoreError
 from trajstore.format import layout
 from trajstore.format.marks import Pin
@@ -96,15 +96,17 @@ def _candidates(
     owner: Filesystem, borrower: Borrower, bases: Sequence[Base], needed: set[str | None], now: dt.datetime | None
 ) -> Iterator[Pin]:
     """Pins in a store that may go, unless they are those of a copy."""
-    named = {base.pin for base in bases} - needed
-    written = {info.key: info.modified for info in owner.list_objects(layout.PINS)} if now is not None else {}
-    for pin in all_pins(owner):
-        if pin.uuid in needed or pin.borrower_uuid != borrower.store_uuid:
-            continue
+    named = {base.pin for base in bases if base.pin is not None} - needed
+    yield from (pin for pin in find_pins(owner, named) if pin.borrower_uuid == borrower.store_uuid)
+    if now is None:
+        return
+    written = {info.key: info.modified for info in owner.list_objects(layout.PINS)}
+    for pin in all_pins(owner, past_damage=True):
         modified = written.get(layout.pin_key(pin.uuid))
+        if pin.uuid in needed or pin.uuid in named or pin.borrower_uuid != borrower.store_uuid or modified is None:
+            continue
         # By two clocks, that of the storage and that of whoever made it: a commit may be under way that will name it.
-        forgotten = now is not None and modified is not None and now - max(modified, pin.created_at) > GRACE
-        if pin.uuid in named or forgotten:
+        if now - max(modified, pin.created_at) > GRACE:
             yield pin
 
 

@@ -28,6 +28,7 @@ from trajstore.read.table import TrajectoryTable
 from trajstore.schema import Schema
 from trajstore.storage.commit import History, Version
 from trajstore.storage.filesystem import Filesystem
+from trajstore.storage.turns import Turns
 from trajstore.storage.workers import FORKED, Workers
 from trajstore.stored import Array
 
@@ -65,6 +66,7 @@ class StoreAccess:
         self.filesystem = filesystem
         self.store_uuid = store_uuid
         self.bases = bases
+        self.turns = Turns()  # of the edits of the handle, and of its views
         self.readers = SegmentReaders(filesystem, workers)
         self.statistics = KeptStatistics(filesystem, writes=keep_statistics)
         self._bases_named: dict[tuple[str, str], LazyBase] = {}

@@ -48,7 +48,8 @@ class Bases:
         self._options = options
         self._trusted = absolute_prefixes(trusted)
         self._opened: dict[tuple[str, str], Filesystem] = {}
-        self._lock = threading.Lock()  # held while a base is opened, so that each is opened once
+        self._lock = threading.Lock()
+        self._opening: dict[tuple[str, str], threading.Lock] = {}  # held while a base is opened: each is opened once
 
     def open(self, base: Base) -> Filesystem:
         """Where a base is.
@@ -61,6 +62,8 @@ class Bases:
         key = base.url, base.store_uuid
         if key not in self._opened:
             with self._lock:
+                opening = self._opening.setdefault(key, threading.Lock())
+            with opening:
                 if key not in self._opened:
                     self._opened[key] = self._checked(base)
         return self._opened[key]

@@ -385,6 +385,8 @@ class History:
 
     def _newest(self, number: int, data: bytes) -> Version:
         """The latest version, whose bytes these are."""
+        if number and not data and self._read_versions([number + 1]):
+            return self.latest(number + 1)  # others went on meanwhile, and a vacuum has emptied this one
         try:
             return self._parse(number, data, emptied=False)
         except CorruptionError as error:
