@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,10 +244,10 @@ def rollout(steps=3, envs=2):
     )
 
 
-@pytest.fixture
-def places(tmp_path, monkeypatch):
-    """Stores and files of RLinf in the working directory."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What ``places`` begins with."""
+    folder = tmp_path_factory.mktemp("made")
     for name, form in (
         ("pickles", "pkl"),
         ("files", "pt"),
@@ -256,10 +257,18 @@ def places(tmp_path, monkeypatch):
     ):
         with TrajectoryReplayBuffer(seed=1, trajectory_format=form) as buffer:
             buffer.add_trajectories([rollout(), rollout()])
-            buffer.save_checkpoint(name)
+            buffer.save_checkpoint(folder / name)
     for name in ("runs/a/s", "runs/b"):
-        with trajstore.open(name, "a") as store:
+        with trajstore.open(folder / name, "a") as store:
             store.append({"action": np.arange(3)})
+    return folder
+
+
+@pytest.fixture
+def places(made, tmp_path, monkeypatch):
+    """Stores and files of RLinf in the working directory."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     with trajstore.open("runs/a/s") as store:
         store.trajectories.save("elsewhere/s", share="reference")
     return tmp_path
