@@ -96,6 +96,7 @@ class Model:
         uuid: Its identity.
         versions: Those that can be opened.
         expired: Those that vacuum has emptied.
+        given: Ids of what was appended here, by number.
         tags: Name -> version.
         next_id: Of the next trajectory.
         waiting: For each handle the numbers of what it has not committed.
@@ -106,6 +107,7 @@ class Model:
     uuid: str = ""
     versions: dict[int, Version] = field(default_factory=lambda: {0: Version()})
     expired: set[int] = field(default_factory=set)
+    given: dict[int, int] = field(default_factory=dict)
     tags: dict[str, int] = field(default_factory=dict)
     next_id: int = 0
     waiting: dict[int, list[int]] = field(default_factory=lambda: {0: [], 1: []})
@@ -135,6 +137,7 @@ class Model:
         if numbers:
             added = [Row(self.next_id + n, number, frozenset({self.name})) for n, number in enumerate(numbers)]
             self.next_id += len(added)
+            self.given.update((row.number, row.id) for row in added)
             self.commit([*self.now.rows, *added])
 
     def deleted(self, gone: Collection[int]) -> None:

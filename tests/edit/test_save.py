@@ -162,6 +162,22 @@ def test_earlier_versions_and_readers_of_any_mode_can_be_saved(source, tmp_path)
     holds(tmp_path / "late", [*HELD, 30, 31, 32])
 
 
+@pytest.mark.parametrize("more", [0, 1, 1000])
+def test_a_view_of_what_is_committed_later_can_be_saved(tmp_path, more):
+    with trajstore.open(filled(tmp_path / "store", range(2)), "a") as store:
+        assert len(store.trajectories) == 2
+        for number in (2, 3):
+            append(store, number)
+        view = store.trajectories
+        assert view.ids.tolist() == [0, 1, -1, -1]
+        for _ in range(more):  # however much is appended in between
+            append(store, 4)
+        store.flush()
+        assert view.ids.tolist() == [0, 1, 2, 3]
+        view.save(tmp_path / "saved")
+    holds(tmp_path / "saved", range(4))
+
+
 @pytest.mark.parametrize("share", SHARES)
 def test_what_was_appended_and_committed_under_a_view_can_be_saved(tmp_path, share):
     with trajstore.open(tmp_path / "live", "a") as store:

@@ -7,6 +7,7 @@ the manifests when somebody asks, so opening a million trajectories costs little
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -140,7 +141,7 @@ class TrajectoryTable:
 
 
 class Growth:
-    """A table to which trajectories are added; tables taken before stay as they are.
+    """A table to which trajectories are added; tables taken before keep their rows, and learn ids of theirs with it.
 
     Args:
         base: What is committed.
@@ -153,6 +154,7 @@ class Growth:
         self._numbers: dict[str, int] = {}  # of segments added here
         self._places: dict[bytes, int] = {}  # of trajectories, by uuid
         self._arrays = {name: getattr(base, name) for name in INDEX_FIELDS}  # longer than what is in use
+        self._former_ids: list[weakref.ref[Array]] = []  # of tables taken before there was more room
         self._used = len(base)
         self._all_rows = np.empty(0, np.int64)
 
@@ -162,6 +164,7 @@ class Growth:
         if number == len(self.segments):
             self.segments.append(segment)
         if self._used == len(self._arrays["id"]):
+            self._former_ids.append(weakref.ref(self._arrays["id"]))
             for name, array in self._arrays.items():
                 room = np.zeros(max(64, len(array) // 8), array.dtype)
                 self._arrays[name] = np.concatenate([array, room])
@@ -179,9 +182,12 @@ class Growth:
 
     def know_ids(self, ids: Mapping[bytes, int]) -> None:
         """Trajectories were committed: fill in their numbers."""
+        self._former_ids = [former for former in self._former_ids if former() is not None]
         for uuid, number in ids.items():
             if uuid in self._places:
-                self._arrays["id"][self._places[uuid]] = number
+                for numbers in (self._arrays["id"], *(former() for former in self._former_ids)):
+                    if numbers is not None and self._places[uuid] < len(numbers):
+                        numbers[self._places[uuid]] = number
 
     def know_segment(self, entry: SegmentEntry) -> None:
         """A segment was committed."""
