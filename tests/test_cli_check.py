@@ -65,7 +65,7 @@ def test_tables_fit_and_cut_no_word(url, width, command):
     if command == "versions":
         assert {"version", "when", "operation", "trajectories"} <= {*re.findall(r"\w+", text)}
         left = re.search(r"more columns?: (.*?); --json shows all", " ".join(text.split()))
-        shown = {"tags", "steps", "written", "manifests"} - {*(left[1].split(", ") if left else ())}
+        shown = {"tags", "steps", "segments", "manifests"} - {*(left[1].split(", ") if left else ())}
         assert shown <= {*re.findall(r"\w+", text.split("more column")[0])}
         assert width < 120 or not left
     if command == "stats":
@@ -400,7 +400,7 @@ def test_verify_repairs_a_store_whose_latest_version_is_damaged(url, tmp_path):
     assert "snapshot" in found.out
     repaired = run("verify", copy, "--repair")
     assert repaired.code == 0
-    assert "version 7 holds what can be read: no errors are left" in repaired.said
+    assert "version 7 holds what can be read, 3 of 3 trajectories: no errors are left" in repaired.said
     assert "damaged" not in done("versions", copy).out
     with trajstore.open(copy) as store:
         assert (store.version, store.num_trajectories) == (7, 3)

@@ -277,6 +277,7 @@ def places(tmp_path_factory):
         ("split one -o a=0.9 -o b=0.9", "fractions [0.9, 0.9], expected numbers from 0 to 1 that add up to at most 1"),
         ("split one -o a=9 -o b=1", "9 + 1 trajectories, expected at least 1 each and at most 3 in all"),
         ("split one -o new --where speed>1", "name 'speed' is not defined; the fields are id, uuid, length"),
+        ("split one -o new --where length>1&&length<3", "write and, or, not for &&, || and !"),
         ("delete one --where speed>1", "name 'speed' is not defined; the fields are id, uuid, length"),
         ("delete one --where length>", "filter 'length>'"),
         ("retain one", "retain without a limit; give --last, --max-steps, --max-bytes or --where"),

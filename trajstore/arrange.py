@@ -169,7 +169,8 @@ def _parts(
         parts = _drawn(view, [float(part) for part in given], seed)
     else:
         raise SelectionError(
-            f"parts {given}; give each place a count (int), a fraction (float) or an expression (str), all of one kind"
+            f"parts {', '.join(f'{fraction:g}' for fraction in fractions)}; give each place a count, a whole number from 1 "
+            "on, or each a fraction from 0 to 1, which add up to at most 1: the two cannot be mixed"
         )
     return {os.fspath(out): part for out, part in zip(outs, parts, strict=True)}
 
@@ -188,6 +189,11 @@ def _counted(view: View, counts: Sequence[int]) -> list[View]:
 def _drawn(view: View, fractions: Sequence[float], seed: int) -> list[View]:
     """Random parts, each in the order of the view."""
     total = sum(fractions)
+    if any(fraction > 1 or fraction < 0 for fraction in fractions):
+        raise SelectionError(
+            f"parts {', '.join(f'{fraction:g}' for fraction in fractions)}; give each place a count, a whole number from 1 "
+            "on, or each a fraction from 0 to 1: the two cannot be mixed"
+        )
     if not all(0 <= fraction <= 1 for fraction in fractions) or total > 1 + 1e-9:
         raise SelectionError(f"fractions {list(fractions)}, expected numbers from 0 to 1 that add up to at most 1")
     shuffled = np.random.Generator(np.random.Philox(seed)).permutation(len(view))

@@ -19,7 +19,7 @@ from trajstore.edit.columns import add_column as add_derived
 from trajstore.edit.compact import DEFAULT_SEGMENT_BYTES, Compacted, compact
 from trajstore.edit.findings import Report
 from trajstore.edit.release import Borrower, release_pins
-from trajstore.edit.relocate import relocation
+from trajstore.edit.relocate import readdress_pins, relocation
 from trajstore.edit.repair import repair
 from trajstore.edit.retain import kept_positions
 from trajstore.edit.vacuum import LATEST_ONLY, Keep, Vacuumed, parse_duration, vacuum
@@ -295,7 +295,9 @@ class Edited(Versioned):
         writer = self._writing()
         self.refresh()
         change = relocation(self._current().snapshot, self._access.bases, old, new, url=self.url)
-        return writer.commit(change).number
+        version = writer.commit(change)
+        readdress_pins(version.snapshot, self._access.bases, url=self.url)
+        return version.number
 
     def verify(self, *, deep: bool = False, progress: bool | None = None) -> Report:
         """Check the store from its versions down to its segments; nothing is changed.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trajstore.errors import ColumnNameError, MetadataError
+from trajstore.errors import ColumnNameError, ColumnTypeError, MetadataError
 
 # What the trajectory table already says of every trajectory, and what batches offer as virtual columns.
 RESERVED_METADATA = frozenset(
@@ -132,11 +132,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
     Raises:
         ColumnNameError: A key is not a string, contains ``/`` ambiguously, or a mapping is empty.
+        ColumnTypeError: No mapping at all.
 
     Examples:
         >>> flatten({"obs": {"image": 1, "state": 2}, "action": 3})
         {'obs/image': 1, 'obs/state': 2, 'action': 3}
     """
+    if not isinstance(tree, Mapping):
+        raise ColumnTypeError(
+            f"columns are a {type(tree).__name__}, expected a mapping of names to arrays [T, ...], {{'action': actions}}; a "
+            "list of steps is appended one by one: with store.begin() as episode: episode.step(...)"
+        )
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if not isinstance(key, str):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trajstore.edit.marks import check_tagged, find_tag, tag_in
-from trajstore.errors import ReadOnlyError
+from trajstore.errors import ReadOnlyError, SelectionError
 from trajstore.format.codecs import check_preset
 from trajstore.read.access import StoreAccess
 from trajstore.read.bases import Bases, absolute_prefixes
@@ -108,13 +108,13 @@ def open(
     )
     check_preset(codec)
     if mode not in ("r", "a", "x"):
-        raise ValueError(f"mode={mode!r}, expected 'r' to read, 'a' to append or 'x' for a new store")
+        raise SelectionError(f"mode={mode!r}, expected 'r' to read, 'a' to append or 'x' for a new store")
     if mode == "r" and schema is not None:
         raise ReadOnlyError("schema= changes the store; open it with mode='a'")
     if mode != "r" and version is not None:
         raise ReadOnlyError(f"version={version} is for reading; open it with mode='r'")
     if cache_bytes < 1:
-        raise ValueError(f"cache_bytes={cache_bytes}, expected a positive number")
+        raise SelectionError(f"cache_bytes={cache_bytes}, expected a positive number")
     filesystem = connect(url, storage_options=storage_options, single_writer=single_writer)
     declared = schema if isinstance(schema, Schema) else Schema(tuple(schema or ()))
     cache = CacheOptions(cache_bytes, None if cache_dir is None else os.fspath(cache_dir), cache_dir_bytes)

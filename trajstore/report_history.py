@@ -38,7 +38,7 @@ def frame_json(frame: pd.DataFrame) -> Any:
 
 def print_versions(console: Console, frame: pd.DataFrame) -> None:
     """``trajstore versions``."""
-    shown = frame.rename(columns={"created_at": "when (UTC)", "written_bytes": "written"})
+    shown = frame.rename(columns={"created_at": "when (UTC)", "written_bytes": "segments"})
     print_frame(console, shown, empty="nothing is committed yet", least=("manifests", "written", "steps"))
 
 

@@ -15,7 +15,7 @@ from trajstore.edit.marks import (
     all_pins,
     all_tags,
     check_tagged,
-    check_there,
+    find_pins,
     find_tag,
     held,
     tag,
@@ -24,7 +24,7 @@ from trajstore.edit.marks import (
     untag,
 )
 from trajstore.edit.versions import Diff, Restore, compare
-from trajstore.errors import SelectionError
+from trajstore.errors import MissingObjectError, SelectionError
 from trajstore.read.access import StoreAccess
 from trajstore.read.table import TrajectoryTable
 from trajstore.storage.commit import History, Version
@@ -74,8 +74,8 @@ class Versioned:
     def versions(self, limit: int = 1000) -> pd.DataFrame:
         """The latest versions that can be opened, newest first: when, by what operation, and what they hold.
 
-        ``written_bytes`` are those of all segments committed so far: what was deleted or compacted since is counted as well
-        (``usage()`` says what the version needs).
+        ``written_bytes`` are those of all segments committed so far, wherever they lie: those of versions before it, and
+        what was deleted or compacted since, are counted as well (``usage()`` says what the version needs).
 
         Args:
             limit: At most so many.
@@ -166,7 +166,9 @@ class Versioned:
             MissingObjectError: There is no such pin.
         """
         self._writing()
-        check_there(self._filesystem, pin)
+        if not find_pins(self._filesystem, [pin]):
+            known = ", ".join(one.uuid for one in all_pins(self._filesystem, past_damage=True)) or "none at all"
+            raise MissingObjectError(f"{self.url} has no pin {pin!r}; it has {known}")
         unpin(self._filesystem, pin)
 
     def diff(self, first: int | str, second: int | str | None = None) -> Diff:

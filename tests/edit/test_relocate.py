@@ -8,8 +8,10 @@ import pytest
 
 import trajstore
 from tests.edit.stores import append, filled, objects_of
+from trajstore.edit import relocate as relocating
+from trajstore.edit.marks import all_pins
 from trajstore.edit.relocate import relocation
-from trajstore.errors import CorruptionError, SelectionError, StoreNotFoundError, UntrustedBaseError
+from trajstore.errors import CorruptionError, SelectionError, StorageError, StoreNotFoundError, UntrustedBaseError
 from trajstore.format.snapshot import Base, Snapshot
 from trajstore.opening import _connect_base
 from trajstore.read.bases import Bases
@@ -113,3 +115,40 @@ def test_a_base_that_another_writer_added_meanwhile_stays(borrower, tmp_path):
     found = change.apply(Snapshot(**fields), None, lambda *_: [])
     assert [base.url for base in found.bases][:2] == ["../kept/a", "../kept/b"]
     assert found.bases[3] == added
+
+
+def pin_in(url):
+    [pin] = all_pins(LocalFilesystem(str(url)))
+    return pin
+
+
+def test_the_pin_in_a_store_that_was_moved_says_again_who_needs_it(tmp_path):
+    filled(tmp_path / "n1/x", range(3))
+    trajstore.merge([tmp_path / "n1/x"], tmp_path / "n1/s")
+    (tmp_path / "n2").mkdir()
+    shutil.move(tmp_path / "n1/x", tmp_path / "n2/x")
+    assert pin_in(tmp_path / "n2/x").borrower_url == str(tmp_path / "n2/s"), "where nothing ever was"
+    with trajstore.open(tmp_path / "n2/x") as store:
+        [finding] = [f for f in store.verify().findings if f.kind == "pin-borrower"]
+    assert "If this store was moved, relocate() in that one mends the pin" in finding.message
+    with trajstore.open(tmp_path / "n1/s", "a", bases={str(tmp_path / "n2"): None}) as store:
+        store.relocate(tmp_path / "n1/x", tmp_path / "n2/x")
+    assert pin_in(tmp_path / "n2/x").borrower_url == str(tmp_path / "n1/s")
+    with trajstore.open(tmp_path / "n2/x", bases={str(tmp_path / "n1"): None}) as store:
+        assert not [f for f in store.verify().findings if f.kind.startswith("pin")]
+
+
+def test_a_pin_that_cannot_say_where_its_store_is_stays_as_it_was(tmp_path, monkeypatch, caplog):
+    filled(tmp_path / "n1/x", range(3))
+    trajstore.merge([tmp_path / "n1/x"], tmp_path / "n1/s")
+    (tmp_path / "n2").mkdir()
+    shutil.move(tmp_path / "n1/x", tmp_path / "n2/x")
+
+    def fails(owner, pin):
+        raise StorageError("the disk is read-only")
+
+    monkeypatch.setattr(relocating, "replace_pin", fails)
+    with trajstore.open(tmp_path / "n1/s", "a", bases={str(tmp_path / "n2"): None}) as store:
+        assert store.relocate(tmp_path / "n1/x", tmp_path / "n2/x") == 2
+        assert "still says where it was" in caplog.text
+        assert len(store.trajectories.read("reward")) == 1 + 2 + 3

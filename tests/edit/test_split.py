@@ -185,3 +185,26 @@ def test_ctrl_c_stops_parts_that_have_not_begun(ten, tmp_path, monkeypatch):
     assert 1 <= len(made) == len(begun) < 10, "what had begun is whole"
     for n in made:
         assert numbers(tmp_path / f"part-{n}") == [HELD[n]]
+
+
+def test_parts_may_lie_in_the_folder_of_the_whole(ten):
+    trajstore.split(ten, {f"{ten}/train": 0.8, f"{ten}/test": 0.2})
+    assert sorted(numbers(f"{ten}/train") + numbers(f"{ten}/test")) == HELD
+    for url in (ten, f"{ten}/train"):
+        with trajstore.open(url) as store:
+            assert store.verify(deep=True).ok
+    trajstore.merge([f"{ten}/train", f"{ten}/test"], f"{ten}/all")
+    assert sorted(numbers(f"{ten}/all")) == HELD
+
+
+def test_counts_and_fractions_cannot_be_mixed(ten, tmp_path):
+    for given in ((-5.0, 5), (0.5, 5)):
+        with pytest.raises(SelectionError, match=r"a fraction from 0 to 1, .*: the two cannot be mixed"):
+            trajstore.split(ten, dict(zip((tmp_path / "a", tmp_path / "b"), given, strict=True)))
+
+
+def test_a_file_is_no_place_for_a_store(ten, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="a file is where a folder should be; choose a folder, or another place"):
+        trajstore.merge([ten], tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

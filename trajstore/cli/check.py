@@ -19,7 +19,7 @@ from trajstore.cli.common import (
     print_json,
 )
 from trajstore.cli.look import opened
-from trajstore.console import bold, out
+from trajstore.console import bold, out, quantity
 
 KINDS = ("overview", "returns", "lengths", "trajectory", "frames")
 
@@ -95,8 +95,10 @@ def verify(
         store = opened(url, None, storage_option, base, mode="a", past_damage=True)
     with store:
         found = store.verify(deep=deep)
+        before = store.num_trajectories
         made = store.repair(found) if repair and not found.ok else None
         left = found if made is None else store.verify()
+        kept = store.num_trajectories
         if as_json:
             repaired = (
                 None if made is None else {"version": made, "ok": left.ok, "findings": left.to_json()["findings"]}
@@ -106,7 +108,8 @@ def verify(
             report.print_verified(out, found)
             if made is not None:
                 told = "no errors are left" if left.ok else "errors are left; verify it again"
-                out.print(f"version {made} holds what can be read: {told}", highlight=False)
+                whole = f"{kept:,} of {quantity(before, 'trajectory')}"
+                out.print(f"version {made} holds what can be read, {whole}: {told}", highlight=False)
             elif repair and not found.ok:
                 out.print("no new version would make it better: see above what to do", highlight=False)
     if left.exit_code:

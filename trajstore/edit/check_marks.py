@@ -180,7 +180,8 @@ def _check_pin(
             "pin-borrower",
             key,
             f"it keeps version {pin.version} for the store {pin.borrower_uuid} at {pin.borrower_url}, which is not there "
-            f"({type(error).__name__}); remove the pin if that store was deleted, and not moved",
+            f"({type(error).__name__}). If this store was moved, relocate() in that one mends the pin; if that store was "
+            "moved, it still needs it; if it was deleted, remove the pin: unpin()",
         )
     except TrajstoreError as error:
         found.add(

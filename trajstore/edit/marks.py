@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from trajstore.errors import (
     CorruptionError,
-    MissingObjectError,
     StorageError,
     TagExistsError,
     VersionExpiredError,
@@ -198,6 +197,15 @@ def _put(filesystem: Filesystem, history: History, version: Named, key: str, mad
     _check_or_remove(filesystem, history, version, key)
 
 
+def replace_pin(filesystem: Filesystem, pin: Pin) -> None:
+    """Have a pin say something else of its store; it keeps what it kept throughout.
+
+    Raises:
+        StorageError: The store cannot be written.
+    """
+    filesystem.overwrite(layout.pin_key(pin.uuid), pin.to_bytes(), durable=True)
+
+
 def unpin(filesystem: Filesystem, pin_uuid: str) -> None:
     """Keep it no longer."""
     filesystem.remove([layout.pin_key(pin_uuid)])
@@ -228,15 +236,6 @@ def held(filesystem: Filesystem, history: History, version: Named) -> Iterator[N
             _log.warning(
                 "%s of %s was not removed, and keeps version %s: %s", key, filesystem.description, version.number, error
             )
-
-
-def check_there(filesystem: Filesystem, pin_uuid: str) -> None:
-    """Raise ``MissingObjectError`` unless a pin is there."""
-    if filesystem.read(layout.pin_key(pin_uuid)) is None:
-        raise MissingObjectError(
-            f"{layout.pin_key(pin_uuid)} of {filesystem.description} is not there: its vacuum may remove segments that "
-            "another store refers to; make that store self-contained"
-        )
 
 
 def farewells(filesystem: Filesystem) -> dict[str, Farewell]:

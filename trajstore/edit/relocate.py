@@ -1,18 +1,23 @@
 """Say where the stores are now that a store refers to, after they were moved.
 
-Invariant: a base gets another URL only after the store there was found to be the one that was meant.
+Invariant: a base gets another URL only after the store there was found to be the one that was meant; its pin says where the
+store is that made it, as seen from there.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from trajstore.errors import SelectionError
+from trajstore.edit.marks import find_pins, replace_pin
+from trajstore.errors import SelectionError, TrajstoreError
 from trajstore.format.snapshot import Base, Snapshot
-from trajstore.read.bases import Bases, absolute, moved, reference
+from trajstore.read.bases import Bases, absolute, moved, reference, same_place
 from trajstore.storage.changes import MergedManifests, ReadManifests
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,3 +70,23 @@ def relocation(
         known = ", ".join(sorted({repr(absolute(base.url, seen_from=url)) for base in snapshot.bases})) or "none at all"
         raise SelectionError(f"{url} refers to no store whose URL begins with {was!r}; it refers to {known}")
     return Relocate(urls)
+
+
+def readdress_pins(snapshot: Snapshot, bases: Bases, *, url: str) -> None:
+    """Have the pins of a store say where it is, seen from where the stores are now that it refers to.
+
+    Args:
+        snapshot: Its latest version.
+        bases: Opens the stores that it refers to.
+        url: Where it is itself.
+    """
+    for base in snapshot.bases:
+        if base.pin is None:
+            continue
+        try:
+            owner = bases.open(base)
+            for pin in find_pins(owner, [base.pin]):
+                if not same_place(pin.borrower_url, url):
+                    replace_pin(owner, replace(pin, borrower_url=reference(url, seen_from=owner.url)))
+        except TrajstoreError as error:  # a pin that says another place keeps what it keeps
+            _log.warning("the pin of %s in %s still says where it was: %s", url, base.url, error)

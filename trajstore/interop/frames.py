@@ -77,10 +77,13 @@ def query(table: pa.Table, expression: str, variables: dict[str, Any]) -> Array:
     except pd.errors.UndefinedVariableError as error:
         name = re.search(r"name '(true|false|none|null)'", str(error))
         how = " (write True, False)" if name else ""
-        raise SelectionError(f"filter {expression!r}: {error}{how}; the fields are {', '.join(fields)}") from error
-    except Exception as error:  # pandas raises what its parser and its operators raise
         raise SelectionError(
-            f"filter {expression!r} is not an expression over {', '.join(fields)}: {error}; write it like "
+            f"filter {expression!r}: {error}{how}; the fields are {', '.join(fields)}, and a text stands in quotes"
+        ) from error
+    except Exception as error:  # pandas raises what its parser and its operators raise
+        hint = "; write and, or, not for &&, || and !" if re.search(r"&&|\|\||!(?!=)", str(expression)) else ""
+        raise SelectionError(
+            f"filter {expression!r} is not an expression over {', '.join(fields)}: {error}{hint}; write it like "
             "\"length > 100 and task == 'pick'\" or \"created_at > '2026-01-31'\""
         ) from error
     holds = _truths(found, len(frame))

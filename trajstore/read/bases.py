@@ -103,6 +103,8 @@ class Bases:
                     f"{self._url} refers to {url!r}, and has no parent folder; put the store into a folder"
                 )
             below = url.removeprefix("../")
+            if parent and not below:  # the store is in the folder of another
+                return parent, self._options
             if posixpath.normpath(below) != below or below.startswith(("..", "/")) or below == ".":
                 raise UntrustedBaseError(f"{self._url} refers to {url!r}, which leaves its parent folder")
             return f"{parent}/{below}", self._options
@@ -192,7 +194,7 @@ def absolute(url: str, *, seen_from: str | None = None) -> str:
     ('s3://bucket/runs/a', '/data/a', 's3://bucket/a')
     """
     if seen_from is not None and url.startswith("../") and parent_of(seen_from) is not None:
-        return f"{parent_of(seen_from)}/{url.removeprefix('../')}"
+        return f"{parent_of(seen_from)}/{url.removeprefix('../')}".rstrip("/")
     path = url.removeprefix("file://")
     if "://" in path:
         return path.rstrip("/")

@@ -20,6 +20,8 @@ from trajstore.stored import Array
 
 ReadManifests = Callable[[Sequence[ManifestEntry], Sequence[str]], Sequence[Manifest]]
 
+_NAMED = 10  # ids in a message
+
 
 @dataclass(frozen=True)
 class MergedManifests:
@@ -135,13 +137,13 @@ class Delete:
             IndexRangeError: One is not there.
         """
         entries: list[ManifestEntry] = []
-        found = 0
+        found = [np.empty(0, np.int64)]
         manifests = read(parent.manifests, ["id", "length"])
         for entry, manifest in zip(parent.manifests, manifests, strict=True):
             rows = live_rows(replace(entry, deleted=()), manifest.table.select(["id", "length"]))
             live = live_mask(entry)
             gone = np.isin(rows["id"].to_numpy(), self.ids) & live
-            found += int(gone.sum())
+            found.append(rows["id"].to_numpy()[gone])
             if not gone.any():
                 entries.append(entry)
                 continue
@@ -150,10 +152,12 @@ class Delete:
                 steps = int(rows["length"].to_numpy()[live].sum())
                 count = int(live.sum())
                 entries.append(replace(entry, trajectories=count, steps=steps, deleted=spans(~live)))
-        if found < len(self.ids):
+        lacking = np.setdiff1d(self.ids, np.concatenate(found)).tolist()
+        if lacking:
+            named = ", ".join(map(str, lacking[:_NAMED])) + (", ..." if len(lacking) > _NAMED else "")
             raise IndexRangeError(
-                f"{len(self.ids) - found} of {len(self.ids)} trajectories to delete are not in version {parent.version}; "
-                "take their ids from a fresh view"
+                f"{len(lacking)} of {len(self.ids)} trajectories to delete are not in version {parent.version}: {named}; "
+                "take ids from a fresh view"
             )
         totals = Totals(sum(e.trajectories for e in entries), sum(e.steps for e in entries), parent.totals.nbytes)
         return replace(parent, operation=self.operation, totals=totals, manifests=tuple(entries))

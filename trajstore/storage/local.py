@@ -241,6 +241,10 @@ class LocalFilesystem(Filesystem):
                 ) from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageError(error.errno, f"{where}: {error.strerror}; free space and append again") from error
+            if error.errno == errno.ENOTDIR:
+                raise StorageError(
+                    error.errno, f"{where}: a file is where a folder should be; choose a folder, or another place"
+                ) from error
             raise StorageError(error.errno, f"{where}: {error.strerror or error}") from error
 
     def close(self) -> None:
