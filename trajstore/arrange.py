@@ -169,8 +169,7 @@ def _parts(
         parts = _drawn(view, [float(part) for part in given], seed)
     else:
         raise SelectionError(
-            f"parts {', '.join(f'{fraction:g}' for fraction in fractions)}; give each place a count, a whole number from 1 "
-            "on, or each a fraction from 0 to 1, which add up to at most 1: the two cannot be mixed"
+            f"parts {given}; give each place a count (int), a fraction (float) or an expression (str), all of one kind"
         )
     return {os.fspath(out): part for out, part in zip(outs, parts, strict=True)}
 
@@ -192,7 +191,7 @@ def _drawn(view: View, fractions: Sequence[float], seed: int) -> list[View]:
     if any(fraction > 1 or fraction < 0 for fraction in fractions):
         raise SelectionError(
             f"parts {', '.join(f'{fraction:g}' for fraction in fractions)}; give each place a count, a whole number from 1 "
-            "on, or each a fraction from 0 to 1: the two cannot be mixed"
+            "on, or each a fraction from 0 to 1, which add up to at most 1: the two cannot be mixed"
         )
     if not all(0 <= fraction <= 1 for fraction in fractions) or total > 1 + 1e-9:
         raise SelectionError(f"fractions {list(fractions)}, expected numbers from 0 to 1 that add up to at most 1")
