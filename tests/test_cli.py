@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import trajstore
+from tests.support.interrupts import interruptible
 from trajstore import cli, console
 from trajstore.buffers.rlinf import Trajectory, TrajectoryReplayBuffer
 from trajstore.cli.common import parse_bases, parse_bytes
@@ -493,12 +494,10 @@ def test_record_then_look(run, tmp_path):
 
 def test_ctrl_c_keeps_every_finished_episode(tmp_path):
     url = str(tmp_path / "cartpole")
-    with subprocess.Popen(
-        [*COMMAND, "record", "CartPole-v1", "--episodes", "1000000", "--out", url],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with interruptible():
+        command = [*COMMAND, "record", "CartPole-v1", "--episodes", "1000000", "--out", url]
+        started = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with started as process:
         while not os.path.exists(f"{url}/trajstore.json"):
             assert process.poll() is None
             time.sleep(0.05)

@@ -18,6 +18,7 @@ from tests.support.commands import done, run
 from tests.support.rare import also_slow
 from trajstore import cli, console
 from trajstore.format import layout
+from trajstore.schema import Column
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +358,7 @@ def complete(*words):
     return ran.stdout.split()
 
 
+@pytest.mark.slow
 def test_completion():
     assert sorted(complete("ver")) == ["verify", "versions"]
     assert complete("merge", "--share", "l") == ["link"]
@@ -419,3 +421,20 @@ def test_info_says_what_is_out_of_reach(tmp_path):
     found = json.loads(done("info", str(tmp_path / "all"), "--json").out)
     assert found["segments_out_of_reach"] == 2
     assert len(found["problems"]) == 1
+
+
+def test_stats_say_which_columns_are_left_out_and_show_them_when_asked(tmp_path):
+    url = str(tmp_path / "store")
+    columns = [Column(path="reward", dtype="float64"), Column(path="torque", dtype="float64", presence="optional")]
+    with trajstore.open(url, "a", schema=columns) as store:
+        store.append({"reward": np.ones(4)})
+        store.append({"reward": np.ones(3), "torque": np.full(3, 7.0)})
+        store.flush()
+        store.append({"reward": np.ones(2)})
+    ran = done("stats", url)
+    assert "3 trajectories, 9 steps" in ran.said
+    assert "not in every trajectory, and left out: torque (-c torque shows those that have it)" in ran.said
+    ran = done("stats", url, "-c", "torque")
+    assert "1 trajectory of 3, 3 steps" in ran.said
+    assert "left out" not in ran.said
+    assert "not in every trajectory" not in done("stats", url, "--where", "id == 1").said

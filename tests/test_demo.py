@@ -82,6 +82,7 @@ def test_sparkline(values: list[float], expected: str) -> None:
     assert demo._sparkline(values) == expected
 
 
+@pytest.mark.slow
 def test_demo_without_gymnasium_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['gymnasium'] = None\n"

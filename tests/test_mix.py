@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trajstore
-from tests.support.rare import also_slow, examples
+from tests.support.rare import examples
 from tests.support.recordings import anchors_of, append, assert_same_batch, check_batch, recording_of, view_of
 from trajstore import Column
 
@@ -424,7 +424,8 @@ def test_statistics_cover_the_caches_of_all_stores(views):
     assert repr(trajstore.mix({views[0]: 1, views[1]: 3})).endswith("version=2): 0.75})")
 
 
-@pytest.mark.parametrize("mixed", also_slow([False, True], [True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", [False, True])
 def test_a_program_may_end_without_closing_its_loader(mixed):
     """While the thread behind it is making batches."""
     code = (

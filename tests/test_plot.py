@@ -288,6 +288,7 @@ def test_saved_by_suffix(view, tmp_path, suffix):
         assert (pixels[..., :3].min(axis=2) < 0.5).any()
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_imported_and_a_missing_matplotlib_says_what_to_install():
     code = (
         "import sys, numpy as np, trajstore\n"

@@ -42,8 +42,15 @@ def print_versions(console: Console, frame: pd.DataFrame) -> None:
     print_frame(console, shown, empty="nothing is committed yet", least=("manifests", "written", "steps"))
 
 
-def print_statistics(console: Console, found: Statistics) -> None:
-    """``trajstore stats``."""
+def print_statistics(console: Console, found: Statistics, *, of: int, partial: Sequence[str] = ()) -> None:
+    """``trajstore stats``.
+
+    Args:
+        console: Where to print.
+        found: What to print.
+        of: How many trajectories there are, of which those were chosen that have the columns.
+        partial: Columns that were left out, since some trajectories lack them.
+    """
     frame = found.to_pandas()
     if not frame["nan_count"].any():
         frame = frame.drop(columns="nan_count")
@@ -52,8 +59,11 @@ def print_statistics(console: Console, found: Statistics) -> None:
     quantiles = [name for name in map(str, frame.columns) if name.startswith("q")]
     least = ("count", *quantiles[:1], *quantiles[-1:], *quantiles[1:-1])
     print_frame(console, frame, empty="no columns of numbers", least=least)
-    told = f"{quantity(found.trajectories, 'trajectory')}, {quantity(found.steps, 'step')}, version {found.version}"
-    console.print(told, highlight=False)
+    chosen = quantity(found.trajectories, "trajectory") + (f" of {of:,}" if of != found.trajectories else "")
+    console.print(f"{chosen}, {quantity(found.steps, 'step')}, version {found.version}", highlight=False)
+    if partial:
+        told = f"not in every trajectory, and left out: {', '.join(partial)} (-c {partial[0]} shows those that have it)"
+        console.print(told, highlight=False)
 
 
 def print_frame(console: Console, frame: pd.DataFrame, *, empty: str, least: Sequence[str] = ()) -> None:

@@ -117,7 +117,7 @@ def killed(folder: Path, kind: str, kills: int) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("kind", also_slow(["saves", "stored", "added"], ["saves", "stored"]))
+@pytest.mark.parametrize("kind", also_slow(["saves", "stored", "added"], ["saves"]))
 def test_nothing_acknowledged_is_lost_by_a_kill(tmp_path: Path, kind: str) -> None:
     if kind == "saves":
         pytest.importorskip("tensordict")

@@ -311,6 +311,7 @@ class TestAhead:
         gc.collect()
         assert gone() is None  # and the fixture waits for its thread
 
+    @pytest.mark.slow
     def test_an_interpreter_that_exits_does_not_wait(self) -> None:
         code = (
             "from trajstore.buffers.rlinf import PreloadReplayBufferDataset\n"

@@ -347,6 +347,7 @@ def test_a_ring_that_is_collected_in_another_thread(tmp_path):
         assert by_age(ring) == list(range(7))
 
 
+@pytest.mark.slow
 def test_a_ring_that_is_open_when_the_interpreter_ends(tmp_path):
     code = """
 import gc, os, sys, torch

@@ -14,6 +14,7 @@ import pytest
 import trajstore
 from tests.edit.stores import CountingDisk, append, filled, holds, objects_of
 from tests.support.faulty import DISK_FAULTS, Faults, FaultyDisk, faulty_bucket
+from tests.support.interrupts import interruptible
 from trajstore.edit import borrow as borrowing
 from trajstore.edit.combine import Source, combine
 from trajstore.edit.marks import all_pins, pin, unpin
@@ -459,7 +460,7 @@ def test_ctrl_c_while_pins_are_made_leaves_neither_pins_nor_manifests(three, tmp
         return made
 
     monkeypatch.setattr(borrowing, "pin", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         trajstore.merge(three, tmp_path / "all")
     assert not any(map(pins_of, three))
     assert not manifests_of(tmp_path / "all")

@@ -17,7 +17,7 @@ import trajstore
 from tests.edit.killed import again, kill_everywhere
 from tests.edit.stores import CountingDisk, append, assert_holds, filled, holds, numbers_in, objects_of, segments_of
 from tests.support.faulty import DISK_FAULTS, Faults, FaultyDisk, faulty_bucket
-from tests.support.rare import diagonal
+from tests.support.rare import also_slow, diagonal
 from trajstore.edit.combine import combine
 from trajstore.edit.lineage import LINEAGE
 from trajstore.errors import (
@@ -419,9 +419,12 @@ def _shown(target, **options):
 
 
 @pytest.mark.parametrize(
-    "kind", ["lost reply", "cut", *(pytest.param(k, marks=pytest.mark.slow) for k in ("fail", "refuse", "late", "409"))]
+    ("kind", "instead"),
+    also_slow(
+        itertools.product(["lost reply", "cut", "fail", "refuse", "late", "409"], [False, True]),
+        [("lost reply", True), ("cut", False)],
+    ),
 )
-@pytest.mark.parametrize("instead", [False, True])
 def test_a_bucket_that_fails_for_ever_from_any_request_on_is_left_as_it_was(small, kind, instead, monkeypatch):
     monkeypatch.setattr(retry, "MAX_WAIT_S", 0.0)
     monkeypatch.setattr(retry, "ATTEMPTS", 2)

@@ -11,6 +11,7 @@ import pytest
 
 import trajstore
 from tests.edit.stores import filled, length_of, metadata_of, objects_of
+from tests.support.interrupts import interruptible
 from trajstore import arrange
 from trajstore.errors import SelectionError, StorageError, StoreExistsError, StoreNotFoundError
 
@@ -179,7 +180,7 @@ def test_ctrl_c_stops_parts_that_have_not_begun(ten, tmp_path, monkeypatch):
         write(views, target, *rest)
 
     monkeypatch.setattr(arrange, "_write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         trajstore.split(ten, {tmp_path / f"part-{n}": 1 for n in range(10)})
     made = [n for n in range(10) if (tmp_path / f"part-{n}" / "snapshots" / "00000000000000000001.json").exists()]
     assert 1 <= len(made) == len(begun) < 10, "what had begun is whole"

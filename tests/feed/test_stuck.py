@@ -19,6 +19,8 @@ import pytest
 import torch
 
 import trajstore
+from tests.support.interrupts import interruptible
+from tests.support.rare import also_slow
 from tests.support.recordings import least_cache_bytes
 from tests.support.watched import Gate, WatchedDisk
 from trajstore import Column, StorageError
@@ -203,7 +205,7 @@ def test_an_error_of_the_storage_has_its_cause(disk):
 
 @pytest.mark.parametrize(
     ("like_a_bucket", "place"),
-    [(False, "first"), (True, "first"), pytest.param(False, "later", marks=pytest.mark.slow)],
+    also_slow([(False, "first"), (True, "first"), (False, "later")], [(True, "first")]),
 )
 def test_a_storage_that_hangs_is_a_timeout_and_keeps_nobody_from_closing(folder, like_a_bucket, place):
     disk = WatchedDisk(folder, like_a_bucket=like_a_bucket)
@@ -408,6 +410,7 @@ def python(code, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_told_to_spawn_and_ends(folder):
     child = python(FORKED.format(folder=folder))
     out, err = child.communicate(timeout=TIMEOUT_S)
@@ -430,6 +433,7 @@ except trajstore.StorageTimeoutError as error:
 
 
 @pytest.mark.parametrize("like_a_bucket", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_a_storage_that_hangs_does_not_keep_the_interpreter_from_exiting(folder, like_a_bucket):
     child = python(HANGING.format(folder=folder, like_a_bucket=like_a_bucket))
     out, err = child.communicate(timeout=TIMEOUT_S)
@@ -457,7 +461,8 @@ while True:
     [(2, True), *(pytest.param(*p, marks=pytest.mark.slow) for p in [(2, False), (0, False), (0, True)])],
 )
 def test_ctrl_c_ends_a_training_loop(folder, prefetch, hangs):
-    child = python(INTERRUPTED.format(folder=folder, prefetch=prefetch, hangs=hangs))
+    with interruptible():
+        child = python(INTERRUPTED.format(folder=folder, prefetch=prefetch, hangs=hangs))
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     time.sleep(0.2)  # anywhere in its loop

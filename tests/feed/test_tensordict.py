@@ -118,6 +118,7 @@ def test_through_a_data_loader(view):
         assert bits(batch["obs", "state"]) == bits(wanted["obs", "state"])
 
 
+@pytest.mark.slow
 def test_without_the_package_it_says_what_to_install():
     code = (
         "import sys; sys.modules['tensordict'] = None\n"

@@ -192,7 +192,7 @@ class TestUnknownCondition:
             open_store("x", single_writer=True)
 
 
-@pytest.mark.parametrize("trouble", also_slow(TROUBLES, ["conflict", "slow down", "done and gone"]))
+@pytest.mark.parametrize("trouble", also_slow(TROUBLES, ["conflict", "done and gone"]))
 class TestTrouble:
     def test_at_any_put_of_a_commit_costs_nothing(self, s3, open_store, impatient, trouble):
         spoilt = 0

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sample.chi_square import chi_square_bound, chi_square_of
-from tests.support.rare import examples
+from tests.support.rare import also_slow, examples
 from trajstore.errors import IndexRangeError, SelectionError
 from trajstore.sample.order import Order, RandomOrder, SequentialOrder, ShuffleOrder, WeightedOrder
 from trajstore.sample.permutation import KeyedPermutation
@@ -320,15 +320,18 @@ def test_epochs_differ() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"block": 4},
-        {"block": 4, "blocks_together": 2},
-        {"block": 5, "blocks_together": 2},
-        {"block": 1, "blocks_together": 1},
-        {"block": 1, "blocks_together": 5},
-        {"block": 50, "blocks_together": 1},
-    ],
+    also_slow(
+        [
+            {},
+            {"block": 4},
+            {"block": 4, "blocks_together": 2},
+            {"block": 5, "blocks_together": 2},
+            {"block": 1, "blocks_together": 1},
+            {"block": 1, "blocks_together": 5},
+            {"block": 50, "blocks_together": 1},
+        ],
+        [{}, {"block": 5, "blocks_together": 2}],
+    ),
 )
 def test_each_anchor_comes_first_equally_often(options: dict[str, int]) -> None:
     """Over epochs, except that a short block is as likely as a whole one to come first: 12 anchors, blocks of up to 5."""

@@ -130,15 +130,20 @@ def stats(
 ) -> None:
     """Mean, standard deviation, minimum, maximum and quantiles of each column.
 
+    Columns that some trajectories lack are left out unless asked for; then
+    those count that have them.
+
     Example: trajstore stats runs/demo -c obs -c reward
     """
     with opened(url, version, storage_option, base) as store:
         view = store.trajectories.filter(where) if where else store.trajectories
-        found = view.statistics(columns)
+        chosen = view.having(*columns) if columns else view
+        found = chosen.statistics(columns)
         if as_json:
             print_json(found.to_json())
         else:
-            report.print_statistics(out, found)
+            partial = [] if columns else [c.path for c in view.schema if c not in view.common_columns]
+            report.print_statistics(out, found, of=len(view), partial=partial)
 
 
 def plot(
