@@ -193,7 +193,7 @@ def _drawn(view: View, fractions: Sequence[float], seed: int) -> list[View]:
             f"parts {', '.join(f'{fraction:g}' for fraction in fractions)}; give each place a count, a whole number from 1 "
             "on, or each a fraction from 0 to 1, which add up to at most 1: the two cannot be mixed"
         )
-    if not all(0 <= fraction <= 1 for fraction in fractions) or total > 1 + 1e-9:
+    if not total <= 1 + 1e-9:  # nor not-a-number
         raise SelectionError(f"fractions {list(fractions)}, expected numbers from 0 to 1 that add up to at most 1")
     shuffled = np.random.Generator(np.random.Philox(seed)).permutation(len(view))
     ends = np.round(np.cumsum(fractions) * len(view)).astype(np.int64)

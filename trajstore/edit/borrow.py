@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from trajstore.edit.marks import pin, unpin
+from trajstore.edit.marks import find_pins, pin, unpin
 from trajstore.edit.needed import live_parts
 from trajstore.errors import CommitOutcomeUnknownError, ReadOnlyError, StorageError, TrajstoreError, VersionExpiredError
 from trajstore.format import layout
@@ -198,12 +198,10 @@ def _version_of(owner: Owner, segments: Collection[str], pins: Pins) -> Named | 
 
 def _version_pinned(owner: Owner, history: History, pin_uuid: str) -> Named | None:
     """What another store's pin keeps, or None if the pin is not there."""
-    key = layout.pin_key(pin_uuid)
-    data = owner.filesystem.read(key)
-    if data is None:
+    pins = find_pins(owner.filesystem, [pin_uuid])
+    if not pins:
         return None
-    found = Pin.from_bytes(data, key=f"{key} in {owner.filesystem.description}")
-    version = VersionName(found.version, found.snapshot_sha256)
+    version = VersionName(pins[0].version, pins[0].snapshot_sha256)
     try:
         return version if history.holds(version) else None
     except VersionExpiredError:
