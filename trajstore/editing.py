@@ -296,7 +296,7 @@ class Edited(Versioned):
         self.refresh()
         change = relocation(self._current().snapshot, self._access.bases, old, new, url=self.url)
         version = writer.commit(change)
-        readdress_pins(version.snapshot, self._access.bases, url=self.url)
+        readdress_pins(change, version.snapshot, self._access.bases, url=self.url)
         return version.number
 
     def verify(self, *, deep: bool = False, progress: bool | None = None) -> Report:

@@ -216,13 +216,13 @@ class _Draft:
         self.manifests = _store_manifests(self._target, self._rows(), entries, self._stored)
 
     @contextlib.contextmanager
-    def undone_by(self, error: type[BaseException]) -> Iterator[None]:
+    def undone_by(self, kind: type[BaseException]) -> Iterator[None]:
         """What fails inside with such an error leaves neither manifests nor pins, unless the version may be there."""
         try:
             yield
         except CommitOutcomeUnknownError:
             raise
-        except error:
+        except kind:
             self.borrowed.give_back()
             try:
                 self._target.remove(self._stored)

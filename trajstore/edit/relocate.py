@@ -72,16 +72,17 @@ def relocation(
     return Relocate(urls)
 
 
-def readdress_pins(snapshot: Snapshot, bases: Bases, *, url: str) -> None:
-    """Have the pins of a store say where it is, seen from where the stores are now that it refers to.
+def readdress_pins(change: Relocate, snapshot: Snapshot, bases: Bases, *, url: str) -> None:
+    """Have the pins of a store in those that were moved say where it is, seen from where they are now.
 
     Args:
-        snapshot: Its latest version.
+        change: Which were moved.
+        snapshot: The version that came of it.
         bases: Opens the stores that it refers to.
         url: Where it is itself.
     """
     for base in snapshot.bases:
-        if base.pin is None:
+        if base.pin is None or base.url not in change.urls.values():
             continue
         try:
             owner = bases.open(base)
